@@ -1,0 +1,234 @@
+//! The ack: one line of `key=value` fields with which a fork answers.
+//!
+//! ```text
+//! offshoot-ack v=1 stage=applied mailbox=offshoot:identity fork=0123456789abcdef0123 steps=clock:set:41,entropy:credited:230 hmac=…
+//! ```
+//!
+//! Fields are separated by single spaces; a key stands at most once; `hmac`, the lower-case hexadecimal HMAC-SHA256 of
+//! everything before ` hmac=`, is last. Values are printable ASCII without space and `=`; other bytes of a value are
+//! written as `%XX`. The key of a mailbox is [`AckKey::for_mailbox`]. A line is at most [`MAX_LINE`] bytes. It is
+//! parsed as fields and compared as fields: `mailbox=foobar` is no answer for `foo`.
+
+use std::fmt::Write as _;
+
+use thiserror::Error;
+
+use crate::{
+    key::AckKey,
+    name::{ForkId, MailboxName},
+};
+
+/// Longest ack line, in bytes, without its newline.
+pub const MAX_LINE: usize = 4096;
+
+const PREFIX: &str = "offshoot-ack v=1";
+
+/// How far the guest got.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Everything was applied.
+    Applied,
+    /// A step failed; nothing was thawed.
+    Failed,
+}
+
+impl Stage {
+    /// The stage as it stands in the line.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Applied => "applied",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// One step of applying an identity: what was refreshed, by what means, and how long it took.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Step {
+    /// What was refreshed: `clock`, `entropy`, `hostname`…
+    pub name: String,
+    /// What was really done: `set`, `credited+reseeded`, `absent`…
+    pub outcome: String,
+    /// How long it took, in microseconds.
+    pub micros: u64,
+}
+
+/// An ack.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ack {
+    /// How far the guest got.
+    pub stage: Stage,
+    /// The mailbox this answers for.
+    pub mailbox: MailboxName,
+    /// The fork that answers.
+    pub fork: ForkId,
+    /// What was done, in order.
+    pub steps: Vec<Step>,
+    /// Why it failed, for [`Stage::Failed`].
+    pub reason: Option<String>,
+}
+
+/// Why a line is no valid ack. The line itself, which a hostile guest wrote, is not repeated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum AckError {
+    /// Longer than [`MAX_LINE`].
+    #[error("the ack is longer than {MAX_LINE} bytes")]
+    TooLong,
+    /// Not an ack of this version.
+    #[error("the line is not an ack of version 1")]
+    NotAnAck,
+    /// A field is malformed, unknown, doubled or absent.
+    #[error("the ack's field {0} is malformed, doubled or absent")]
+    Field(&'static str),
+    /// The HMAC does not match.
+    #[error("the ack is not signed with this fork's key")]
+    Forged,
+}
+
+impl Ack {
+    /// The line for this ack, signed, without newline. `key` is the mailbox's key ([`AckKey::for_mailbox`]).
+    ///
+    /// Steps are kept, and the reason is cut, such that the line stays within [`MAX_LINE`].
+    #[must_use]
+    pub fn to_line(&self, key: &AckKey) -> String {
+        let mut line = format!("{PREFIX} stage={} mailbox={} fork={}", self.stage.as_str(), self.mailbox, self.fork);
+        if !self.steps.is_empty() {
+            line.push_str(" steps=");
+            for (index, step) in self.steps.iter().enumerate() {
+                let comma = if index == 0 { "" } else { "," };
+                let text = format!("{comma}{}:{}:{}", encode(&step.name), encode(&step.outcome), step.micros);
+                if line.len() + text.len() > MAX_LINE - 1024 {
+                    break;
+                }
+                line.push_str(&text);
+            }
+        }
+        if let Some(reason) = &self.reason {
+            let short: String = reason.chars().take(200).collect();
+            let mut text = encode(&short);
+            text.truncate(text.len().min(900));
+            // Do not leave half an escape at the end.
+            if let Some(at) = text.rfind('%').filter(|&at| at + 3 > text.len()) {
+                text.truncate(at);
+            }
+            line.push_str(" reason=");
+            line.push_str(&text);
+        }
+        let tag = hex(&key.sign(line.as_bytes()));
+        line.push_str(" hmac=");
+        line.push_str(&tag);
+        line
+    }
+
+    /// Parses a line (without newline) and checks its signature with the mailbox's key, which `key_of` finds.
+    ///
+    /// # Errors
+    /// [`AckError`]; a line for a mailbox that `key_of` does not know is [`AckError::Forged`].
+    pub fn parse(line: &[u8], key_of: impl FnOnce(&MailboxName) -> Option<AckKey>) -> Result<Self, AckError> {
+        if line.len() > MAX_LINE {
+            return Err(AckError::TooLong);
+        }
+        let line = str::from_utf8(line).map_err(|_| AckError::NotAnAck)?;
+        let fields = line.strip_prefix(PREFIX).ok_or(AckError::NotAnAck)?;
+        let (fields, tag) = fields.rsplit_once(" hmac=").ok_or(AckError::Field("hmac"))?;
+        let signed = &line[..PREFIX.len() + fields.len()];
+
+        let (mut stage, mut mailbox, mut fork, mut steps, mut reason) = (None, None, None, None, None);
+        let mut rest = fields.split(' ');
+        if rest.next() != Some("") {
+            return Err(AckError::NotAnAck);
+        }
+        for field in rest {
+            let (key, value) = field.split_once('=').ok_or(AckError::Field("(no '=')"))?;
+            let doubled = match key {
+                "stage" => stage.replace(parse_stage(value)?).is_some(),
+                "mailbox" => {
+                    let name = MailboxName::parse(value).map_err(|_| AckError::Field("mailbox"))?;
+                    mailbox.replace(name).is_some()
+                }
+                "fork" => fork.replace(ForkId::parse(value).map_err(|_| AckError::Field("fork"))?).is_some(),
+                "steps" => steps.replace(parse_steps(value)?).is_some(),
+                "reason" => reason.replace(decode(value).ok_or(AckError::Field("reason"))?).is_some(),
+                _ => return Err(AckError::Field("(unknown)")),
+            };
+            if doubled {
+                return Err(AckError::Field("(doubled)"));
+            }
+        }
+        let ack = Self {
+            stage: stage.ok_or(AckError::Field("stage"))?,
+            mailbox: mailbox.ok_or(AckError::Field("mailbox"))?,
+            fork: fork.ok_or(AckError::Field("fork"))?,
+            steps: steps.unwrap_or_default(),
+            reason,
+        };
+        let tag = unhex(tag).ok_or(AckError::Field("hmac"))?;
+        let key = key_of(&ack.mailbox).ok_or(AckError::Forged)?;
+        if key.verify(signed.as_bytes(), &tag) { Ok(ack) } else { Err(AckError::Forged) }
+    }
+}
+
+fn parse_stage(value: &str) -> Result<Stage, AckError> {
+    [Stage::Applied, Stage::Failed].into_iter().find(|stage| stage.as_str() == value).ok_or(AckError::Field("stage"))
+}
+
+fn parse_steps(value: &str) -> Result<Vec<Step>, AckError> {
+    let step = |text: &str| {
+        let mut parts = text.split(':');
+        let (name, outcome, micros) = (parts.next()?, parts.next()?, parts.next()?);
+        if parts.next().is_some() || name.is_empty() || outcome.is_empty() {
+            return None;
+        }
+        Some(Step { name: decode(name)?, outcome: decode(outcome)?, micros: micros.parse().ok()? })
+    };
+    value.split(',').map(step).collect::<Option<_>>().ok_or(AckError::Field("steps"))
+}
+
+fn is_plain(byte: u8) -> bool {
+    byte.is_ascii_graphic() && !matches!(byte, b'=' | b'%' | b',' | b':')
+}
+
+fn encode(text: &str) -> String {
+    let mut encoded = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if is_plain(byte) {
+            encoded.push(char::from(byte));
+        } else {
+            let _ = write!(encoded, "%{byte:02X}");
+        }
+    }
+    encoded
+}
+
+fn decode(text: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        match byte {
+            b'%' => {
+                let (high, low) = (rest.next()?, rest.next()?);
+                let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+                bytes.push(digit(high)? << 4 | digit(low)?);
+            }
+            byte if is_plain(byte) => bytes.push(byte),
+            _ => return None,
+        }
+    }
+    // A reason is cut at a byte, perhaps inside a character.
+    Some(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+fn unhex(text: &str) -> Option<Vec<u8>> {
+    if text.len() != 64 || !text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')) {
+        return None;
+    }
+    (0..64).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).ok()).collect()
+}
