@@ -1,0 +1,1 @@
+//! Mailboxes of guest software (being written).

@@ -1,0 +1,189 @@
+//! What the parts of the agent share.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    time::Instant,
+};
+
+use identity::{Document, EnvName, ForkIdentity, Limits};
+
+use crate::{Freeze, keeper::Keeper, service::Supervisor, workload::Workload};
+
+/// Where the sandbox is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// A template that is being warmed.
+    Template,
+    /// Frozen, and waiting for an identity or for the capture.
+    Quiesced,
+    /// An identity has come and is being applied.
+    Applying,
+    /// A fork (or the source of a branch) that runs.
+    Running,
+    /// An identity could not be applied: nothing was thawed, and nothing will be.
+    Failed,
+}
+
+impl Phase {
+    /// The phase as the control channel says it.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Template => "template",
+            Self::Quiesced => "quiesced",
+            Self::Applying => "applying",
+            Self::Running => "running",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// Who this fork is: the document without what must not stay in memory (secrets, files, entropy, keys).
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// Id, name, host name, template…
+    pub fork: ForkIdentity,
+    /// The caller's labels.
+    pub labels: BTreeMap<String, String>,
+    /// The caller's environment.
+    pub env: BTreeMap<EnvName, String>,
+    /// Limits of the workload.
+    pub limits: Limits,
+}
+
+impl Identity {
+    /// What of `document` may stay.
+    #[must_use]
+    pub fn of(document: &Document) -> Self {
+        Self {
+            fork: document.fork.clone(),
+            labels: document.labels.clone(),
+            env: document.env.clone(),
+            limits: document.limits,
+        }
+    }
+}
+
+/// What the parts of the agent share. There is one, made by [`crate::boot`].
+#[derive(Debug)]
+pub struct AgentState {
+    booted: Instant,
+    freeze: Freeze,
+    workload: Workload,
+    keeper: Keeper,
+    supervisor: OnceLock<Arc<Supervisor>>,
+    now: Mutex<Now>,
+}
+
+#[derive(Debug)]
+struct Now {
+    phase: Phase,
+    identity: Option<Arc<Identity>>,
+    recipe_env: BTreeMap<String, String>,
+}
+
+impl AgentState {
+    /// The state of a template that has just booted, with its supervisor.
+    #[must_use]
+    pub fn new(workload: Workload, keeper: Keeper, freeze: Freeze) -> Arc<Self> {
+        let state = Arc::new(Self {
+            booted: Instant::now(),
+            freeze,
+            workload,
+            keeper,
+            supervisor: OnceLock::new(),
+            now: Mutex::new(Now { phase: Phase::Template, identity: None, recipe_env: BTreeMap::new() }),
+        });
+        let _ = state.supervisor.set(Arc::new(Supervisor::new(&state)));
+        state
+    }
+
+    /// When the agent started.
+    #[must_use]
+    pub fn booted(&self) -> Instant {
+        self.booted
+    }
+
+    /// Whether the workload is frozen before a capture.
+    #[must_use]
+    pub fn freeze(&self) -> Freeze {
+        self.freeze
+    }
+
+    /// What starts processes.
+    #[must_use]
+    pub fn workload(&self) -> &Workload {
+        &self.workload
+    }
+
+    /// What quiesces, and applies identities.
+    #[must_use]
+    pub fn keeper(&self) -> &Keeper {
+        &self.keeper
+    }
+
+    /// What keeps the services.
+    #[must_use]
+    #[allow(clippy::missing_panics_doc, clippy::expect_used)]
+    pub fn supervisor(&self) -> &Arc<Supervisor> {
+        self.supervisor.get().expect("set by new, before anybody has the state")
+    }
+
+    /// Where the sandbox is in its life.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        self.now().phase
+    }
+
+    /// Who this fork is; `None` in a template.
+    #[must_use]
+    pub fn identity(&self) -> Option<Arc<Identity>> {
+        self.now().identity.clone()
+    }
+
+    /// Sets the recipe's environment, which everything in the workload gets.
+    pub fn set_recipe_environment(&self, env: BTreeMap<String, String>) {
+        self.now().recipe_env = env;
+    }
+
+    /// The environment that a new process of the workload gets: the recipe's, then the identity's, then `OFFSHOOT_*`.
+    /// It is made anew each time, so a variable that the identity does not have is not there.
+    #[must_use]
+    pub fn environment(&self) -> BTreeMap<String, String> {
+        let now = self.now();
+        environment(&now.recipe_env, now.identity.as_deref())
+    }
+
+    pub(crate) fn set_phase(&self, phase: Phase) {
+        self.now().phase = phase;
+    }
+
+    pub(crate) fn set_identity(&self, identity: Arc<Identity>) {
+        self.now().identity = Some(identity);
+    }
+
+    fn now(&self) -> MutexGuard<'_, Now> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn environment(recipe: &BTreeMap<String, String>, identity: Option<&Identity>) -> BTreeMap<String, String> {
+    let mut env: BTreeMap<String, String> =
+        [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("HOME", "/root"), ("LANG", "C.UTF-8")]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .into();
+    env.extend(recipe.iter().map(|(name, value)| (name.clone(), value.clone())));
+    // A recipe can not pretend to be a fork.
+    env.retain(|name, _| !IDENTITY_VARIABLES.contains(&name.as_str()));
+    if let Some(identity) = identity {
+        env.extend(identity.env.iter().map(|(name, value)| (name.as_str().to_owned(), value.clone())));
+        let fork = &identity.fork;
+        let values = [fork.id.as_str(), fork.name.as_str(), fork.hostname.as_str(), fork.template.as_str()];
+        env.extend(IDENTITY_VARIABLES.iter().zip(values).map(|(name, value)| ((*name).to_owned(), value.to_owned())));
+    }
+    env
+}
+
+/// The variables that say who a fork is: id, name, host name, template.
+pub const IDENTITY_VARIABLES: [&str; 4] = ["OFFSHOOT_ID", "OFFSHOOT_NAME", "OFFSHOOT_HOSTNAME", "OFFSHOOT_TEMPLATE"];
