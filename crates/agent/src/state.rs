@@ -159,6 +159,16 @@ impl AgentState {
         self.now().phase = phase;
     }
 
+    /// Changes the phase if it still is `from`.
+    pub(crate) fn change_phase(&self, from: Phase, to: Phase) -> bool {
+        let mut now = self.now();
+        let as_expected = now.phase == from;
+        if as_expected {
+            now.phase = to;
+        }
+        as_expected
+    }
+
     pub(crate) fn set_identity(&self, identity: Arc<Identity>) {
         self.now().identity = Some(identity);
     }

@@ -288,6 +288,8 @@ impl Child {
         if self.terminal {
             rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
         }
+        // The agent has none, so that it makes files as it says.
+        rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
         self.user.become_it()?;
         // As the user: a directory he may not enter is not entered.
         rustix::process::chdir(&*self.workdir)?;

@@ -1,0 +1,152 @@
+//! Applying an identity, step by step, until the thaw. The first step that fails is the last: nothing is thawed then.
+
+use std::{borrow::Cow, fmt::Display, io, sync::Arc, time::Instant};
+
+use identity::{Action, Document, Step};
+
+use super::{Parts, Prepared, identity_dir, kernel};
+use crate::state::{AgentState, Identity, Phase};
+
+/// What was done, in order.
+#[derive(Debug, Default)]
+pub(super) struct Log {
+    pub(super) steps: Vec<Step>,
+}
+
+/// A step that failed; the text names it.
+#[derive(Debug)]
+pub(super) struct Failed(pub(super) String);
+
+impl Log {
+    /// Runs one step and keeps what it did and how long it took.
+    pub(super) fn step<E: Display>(
+        &mut self,
+        name: &str,
+        run: impl FnOnce() -> Result<Cow<'static, str>, E>,
+    ) -> Result<(), Failed> {
+        let started = Instant::now();
+        let result = run();
+        let micros = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let outcome = match &result {
+            Ok(outcome) => outcome.clone().into_owned(),
+            Err(_) => "failed".to_owned(),
+        };
+        self.steps.push(Step { name: name.to_owned(), outcome, micros });
+        result.map(|_| ()).map_err(|error| Failed(format!("{name}: {error}")))
+    }
+}
+
+/// Everything before the thaw, and the thaw.
+pub(super) fn until_thaw(
+    state: &Arc<AgentState>,
+    parts: &Parts,
+    prepared: &mut Prepared,
+    document: &mut Document,
+    log: &mut Log,
+) -> Result<(), Failed> {
+    log.step("clock", || parts.kernel.set_clock(document.wall_clock))?;
+    log.step("entropy", || parts.kernel.add_entropy(document.entropy.expose()))?;
+    document.entropy.wipe();
+    if document.action == Action::Become {
+        take_on(state, parts, prepared, document, log)?;
+    }
+    log.step("thaw", || {
+        // From here on processes may be started again: they are started as the new identity.
+        state.set_phase(Phase::Running);
+        parts.cgroup.thaw()?;
+        state.workload().open();
+        Ok::<_, io::Error>(if state.freeze() == crate::Freeze::On { "thawed" } else { "was-not-frozen" }.into())
+    })
+}
+
+fn take_on(
+    state: &Arc<AgentState>,
+    parts: &Parts,
+    prepared: &mut Prepared,
+    document: &Document,
+    log: &mut Log,
+) -> Result<(), Failed> {
+    let fork = &document.fork;
+    log.step("hostname", || -> io::Result<_> {
+        rustix::system::sethostname(fork.hostname.as_str().as_bytes())?;
+        parts.root.write("/etc/hostname", 0o644, format!("{}\n", fork.hostname).as_bytes())?;
+        parts.root.write("/etc/hosts", 0o644, format!("{}127.0.1.1\t{}\n", prepared.hosts, fork.hostname).as_bytes())?;
+        Ok("set".into())
+    })?;
+    log.step("machine-id", || -> io::Result<_> {
+        let line = format!("{}\n", fork.machine_id);
+        parts.root.write("/etc/machine-id", 0o444, line.as_bytes())?;
+        if prepared.dbus_machine_id {
+            parts.root.write(DBUS_MACHINE_ID, 0o444, line.as_bytes())?;
+        }
+        Ok("set".into())
+    })?;
+    log.step("boot-id", || parts.kernel.set_boot_id(&fork.boot_id))?;
+    let before = state.identity().map(|identity| identity.limits).unwrap_or_default();
+    log.step("limits", || kernel::set_limits(&parts.cgroup, before, document.limits))?;
+    log.step("identity-dir", || -> io::Result<_> {
+        let entries = identity_dir::plan(document)?;
+        prepared.written = identity_dir::write(&parts.identity, &prepared.written, &entries)?;
+        Ok(format!("{}-files", entries.len()).into())
+    })?;
+    if !document.files.is_empty() {
+        log.step("files", || -> io::Result<_> {
+            for file in &document.files {
+                parts
+                    .root
+                    .write(&file.path, file.mode, file.content.expose())
+                    .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", file.path)))?;
+            }
+            Ok(format!("{}-files", document.files.len()).into())
+        })?;
+    }
+    if !prepared.host_keys.is_empty() {
+        log.step("ssh-host-keys", || -> io::Result<_> {
+            for path in &prepared.host_keys {
+                parts.root.wipe(path)?;
+            }
+            Ok("removed".into())
+        })?;
+    }
+    log.step("environment", || -> Result<_, io::Error> {
+        state.set_identity(Arc::new(Identity::of(document)));
+        Ok(format!("{}-variables", document.env.len()).into())
+    })
+}
+
+pub(super) const DBUS_MACHINE_ID: &str = "/var/lib/dbus/machine-id";
+
+/// The lines of `/etc/hosts` that do not give the machine's own name.
+pub(super) fn hosts_without_own_name(hosts: &str) -> String {
+    let mut kept = String::with_capacity(hosts.len());
+    for line in hosts.lines().filter(|line| line.split_whitespace().next() != Some("127.0.1.1")) {
+        kept.push_str(line);
+        kept.push('\n');
+    }
+    if !kept.lines().any(|line| line.split_whitespace().next() == Some("127.0.0.1")) {
+        kept.insert_str(0, "127.0.0.1\tlocalhost\n");
+    }
+    kept
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_keep_all_but_the_machines_own_name() {
+        let given = "127.0.0.1 localhost\n127.0.1.1 old\n127.0.1.10 other\n::1 localhost";
+        assert_eq!(hosts_without_own_name(given), "127.0.0.1 localhost\n127.0.1.10 other\n::1 localhost\n");
+        assert_eq!(hosts_without_own_name(""), "127.0.0.1\tlocalhost\n");
+    }
+
+    #[test]
+    fn a_failed_step_is_in_the_log_and_named() {
+        let mut log = Log::default();
+        assert!(log.step("clock", || Ok::<_, io::Error>("set".into())).is_ok());
+        let failed = log.step("entropy", || Err(io::Error::from(io::ErrorKind::PermissionDenied)));
+        assert_eq!(failed.err().map(|f| f.0), Some("entropy: permission denied".to_owned()));
+        let outcomes: Vec<_> = log.steps.iter().map(|step| (step.name.as_str(), step.outcome.as_str())).collect();
+        assert_eq!(outcomes, [("clock", "set"), ("entropy", "failed")]);
+    }
+}

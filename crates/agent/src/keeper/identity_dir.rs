@@ -1,0 +1,143 @@
+//! What stands in `/run/offshoot`: one raw value a file, without a newline at its end.
+
+use std::io;
+
+use identity::Document;
+use serde::Serialize;
+use zeroize::Zeroizing;
+
+use super::root::Root;
+
+/// One file of the identity directory.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Path in the directory.
+    pub path: String,
+    /// Permission bits.
+    pub mode: u32,
+    /// Content; wiped on drop, because it may be a secret.
+    pub content: Zeroizing<Vec<u8>>,
+}
+
+/// `identity.json`: everything but secrets, for programs that would rather read one file.
+#[derive(Serialize)]
+struct Public<'a> {
+    id: &'a str,
+    name: &'a str,
+    hostname: &'a str,
+    template: &'a str,
+    machine_id: &'a str,
+    boot_id: &'a str,
+    labels: &'a std::collections::BTreeMap<String, String>,
+    env: &'a std::collections::BTreeMap<identity::EnvName, String>,
+}
+
+/// The files that a document makes. `identity.json` is last: where it is, the others are.
+///
+/// # Errors
+/// None that a checked document can cause.
+pub fn plan(document: &Document) -> io::Result<Vec<Entry>> {
+    let fork = &document.fork;
+    let entry = |path: String, mode, content: &[u8]| Entry { path, mode, content: Zeroizing::new(content.to_vec()) };
+    let public = |name: &str, value: &str| entry(name.to_owned(), 0o444, value.as_bytes());
+    let mut entries = vec![
+        public("id", fork.id.as_str()),
+        public("name", fork.name.as_str()),
+        public("hostname", fork.hostname.as_str()),
+        public("template", fork.template.as_str()),
+        public("machine-id", &fork.machine_id),
+        public("boot-id", &fork.boot_id),
+        entry("labels.json".to_owned(), 0o444, &serde_json::to_vec(&document.labels)?),
+    ];
+    let env = document.env.iter().map(|(name, value)| public(&format!("env/{name}"), value));
+    entries.extend(env);
+    let secrets = document.secrets.iter().map(|(name, value)| entry(format!("secrets/{name}"), 0o400, value.expose()));
+    entries.extend(secrets);
+    let all = Public {
+        id: fork.id.as_str(),
+        name: fork.name.as_str(),
+        hostname: fork.hostname.as_str(),
+        template: fork.template.as_str(),
+        machine_id: &fork.machine_id,
+        boot_id: &fork.boot_id,
+        labels: &document.labels,
+        env: &document.env,
+    };
+    entries.push(entry("identity.json".to_owned(), 0o444, &serde_json::to_vec(&all)?));
+    Ok(entries)
+}
+
+/// Writes the files; removes (secrets: wipes) those of `before`, an earlier identity, that are not among them. Answers
+/// with what is there now.
+///
+/// # Errors
+/// The file that could not be written or removed.
+pub fn write(directory: &Root, before: &[String], entries: &[Entry]) -> io::Result<Vec<String>> {
+    // Secrets are wiped even where a new one takes the name: its memory would keep the old one.
+    for stale in before.iter().filter(|path| path.starts_with("secrets/") || !entries.iter().any(|e| e.path == **path)) {
+        directory.wipe(stale)?;
+    }
+    for entry in entries {
+        directory.write(&entry.path, entry.mode, &entry.content).map_err(|error| named(&entry.path, &error))?;
+    }
+    Ok(entries.iter().map(|entry| entry.path.clone()).collect())
+}
+
+fn named(path: &str, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{path}: {error}"))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+pub(super) mod tests {
+    use super::*;
+
+    pub(crate) fn document(name: &str) -> Document {
+        let text = serde_json::json!({
+            "format": 1, "action": "become",
+            "fork": {"id": "0123456789abcdef0123", "name": name, "hostname": name, "template": "python",
+                     "machine_id": "0".repeat(32), "boot_id": "00000000-0000-4000-8000-000000000000"},
+            "labels": {"team": "a"}, "env": {"API_URL": "http://x", "EMPTY": ""},
+            "secrets": {"KEY": "aHVudGVyMg=="},
+            "wall_clock": "1700000000000000000",
+            "entropy": format!("{}==", "A".repeat(86)), "ack_key": format!("{}=", "A".repeat(43)),
+        });
+        Document::from_json(text.to_string().as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn i12_values_are_raw_and_have_no_newline() {
+        let entries = plan(&document("worker-7")).unwrap();
+        let content = |path: &str| entries.iter().find(|e| e.path == path).map(|e| (&e.content[..], e.mode));
+        assert_eq!(content("id"), Some((&b"0123456789abcdef0123"[..], 0o444)));
+        assert_eq!(content("hostname"), Some((&b"worker-7"[..], 0o444)));
+        assert_eq!(content("env/API_URL"), Some((&b"http://x"[..], 0o444)));
+        assert_eq!(content("env/EMPTY"), Some((&b""[..], 0o444)));
+        assert_eq!(content("labels.json"), Some((&br#"{"team":"a"}"#[..], 0o444)));
+        assert_eq!(entries.last().unwrap().path, "identity.json");
+    }
+
+    #[test]
+    fn i15_a_secret_is_in_its_own_file_and_nowhere_else() {
+        let entries = plan(&document("a")).unwrap();
+        let with: Vec<_> = entries.iter().filter(|e| e.content.windows(7).any(|w| w == b"hunter2")).collect();
+        assert_eq!(with.iter().map(|e| (e.path.as_str(), e.mode)).collect::<Vec<_>>(), [("secrets/KEY", 0o400)]);
+    }
+
+    #[test]
+    fn i13_a_second_identity_leaves_nothing_of_the_first() {
+        let path = std::env::temp_dir().join(format!("offshoot-identity-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY;
+        let root = Root::new(rustix::fs::open(&path, flags, rustix::fs::Mode::empty()).unwrap());
+        let first = write(&root, &[], &plan(&document("a")).unwrap()).unwrap();
+        let mut second = document("b");
+        second.env.clear();
+        second.secrets.clear();
+        write(&root, &first, &plan(&second).unwrap()).unwrap();
+        assert_eq!(std::fs::read_to_string(path.join("name")).unwrap(), "b");
+        assert!(!path.join("env/API_URL").exists());
+        assert!(!path.join("secrets/KEY").exists());
+        std::fs::remove_dir_all(path).unwrap();
+    }
+}

@@ -1,0 +1,86 @@
+//! What is done before the capture so that the resume is short.
+
+use std::{fs, io};
+
+use super::{Parts, Prepared, apply};
+use crate::{cgroup, console};
+
+/// Finds out what the resume needs to know of the workload's files.
+pub(super) fn look_ahead(parts: &Parts, prepared: &mut Prepared) {
+    let hosts = parts.root.read("/etc/hosts").unwrap_or_default();
+    prepared.hosts = apply::hosts_without_own_name(&String::from_utf8_lossy(&hosts));
+    prepared.dbus_machine_id = parts.root.is_file(apply::DBUS_MACHINE_ID);
+    let is_key = |name: &String| name.starts_with("ssh_host_") && (name.ends_with("_key") || name.ends_with("_key.pub"));
+    prepared.host_keys =
+        parts.root.list("/etc/ssh").into_iter().filter(is_key).map(|name| format!("/etc/ssh/{name}")).collect();
+    prepared.wants_host_keys |= !prepared.host_keys.is_empty();
+}
+
+/// Only the agent and the kernel's own threads may be outside the workload's cgroup: anything else would not freeze.
+pub(super) fn no_stragglers() -> io::Result<()> {
+    let procs = fs::read_to_string(format!("{}/cgroup.procs", cgroup::MOUNT))?;
+    for pid in procs.lines().filter(|&pid| pid != "1") {
+        // A process that is gone meanwhile is no matter.
+        let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
+        if !is_kernel_thread(&stat) {
+            return Err(io::Error::other(format!(
+                "process {pid} has left the workload's cgroup and would not be frozen; do not move processes between cgroups"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a line of `/proc/PID/stat` is a kernel thread's, by its flags (field 9, `PF_KTHREAD`), and not a zombie's.
+fn is_kernel_thread(stat: &str) -> bool {
+    const KERNEL_THREAD: u64 = 0x0020_0000;
+    // The name, in parentheses, may hold anything.
+    let mut fields = stat.rsplit_once(") ").map_or("", |(_, rest)| rest).split(' ');
+    let state = fields.next();
+    let flags = fields.nth(5).and_then(|flags| flags.parse::<u64>().ok());
+    state == Some("Z") || flags.is_some_and(|flags| flags & KERNEL_THREAD != 0)
+}
+
+/// Makes the agent's program and data present and keeps them so: a page fault at resume costs more than the step that
+/// needs the page. Stacks and the allocator's reserves are left out; they would only make every fork larger.
+pub(super) fn lock_memory() {
+    let Ok(maps) = fs::read_to_string("/proc/self/maps") else { return };
+    for (start, len) in maps.lines().filter_map(resume_mapping) {
+        // SAFETY: locking changes no memory; a range that is gone meanwhile is an error, no more.
+        if let Err(error) = unsafe { rustix::mm::mlock(start as *mut _, len) } {
+            console::note(&format!("memory at {start:x} could not be locked: {error}"));
+        }
+    }
+}
+
+fn resume_mapping(line: &str) -> Option<(usize, usize)> {
+    let mut fields = line.split_whitespace();
+    let (range, access) = (fields.next()?, fields.next()?);
+    let path = fields.nth(3).unwrap_or_default();
+    let (start, end) = range.split_once('-')?;
+    let (start, end) = (usize::from_str_radix(start, 16).ok()?, usize::from_str_radix(end, 16).ok()?);
+    let wanted = access.starts_with('r') && (path.starts_with('/') || path == "[heap]");
+    wanted.then(|| (start, end - start))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_program_and_its_heap_are_locked() {
+        assert_eq!(resume_mapping("00400000-00402000 r-xp 00000000 00:02 5    /init"), Some((0x40_0000, 0x2000)));
+        assert_eq!(resume_mapping("01000000-01001000 rw-p 00000000 00:00 0    [heap]"), Some((0x100_0000, 0x1000)));
+        assert_eq!(resume_mapping("7f00000000-7f00100000 rw-p 00000000 00:00 0"), None);
+        assert_eq!(resume_mapping("7f00000000-7f00100000 rw-p 00000000 00:00 0 [stack]"), None);
+        assert_eq!(resume_mapping("junk"), None);
+    }
+
+    #[test]
+    fn i1_a_process_can_not_pass_as_a_kernel_thread_by_its_name() {
+        assert!(is_kernel_thread("12 (kworker/0:1) I 2 0 0 0 -1 69238880 0 0"));
+        assert!(!is_kernel_thread("13 (a) I 2 0 0 0 -1 69238880) S 1 13 13 0 -1 4194560 0"));
+        assert!(is_kernel_thread("14 (gone) Z 1 14 14 0 -1 4228108 0"));
+        assert!(!is_kernel_thread(""));
+    }
+}

@@ -1,0 +1,185 @@
+//! The keeper's thread: waits for the identity, has it applied, and answers.
+//!
+//! Under emulation every piece of code that runs first in a fork has to be translated first, so this path is short and
+//! plain: one thread, no runtime, few system calls.
+
+use std::{
+    sync::{Arc, PoisonError},
+    time::{Duration, Instant},
+};
+
+use identity::{Ack, AckKey, Action, Document, ForkId, MailboxName, Secret, Stage, Step};
+
+use super::{
+    Parts,
+    apply::{self, Failed, Log},
+    lock,
+};
+use crate::{
+    console,
+    state::{AgentState, Phase},
+    workload::{Console, Program, Start},
+};
+
+/// How long the host may take to read an ack. Its own deadline is shorter.
+const ACK_DEADLINE: Duration = Duration::from_secs(30);
+
+/// While nothing else has wanted the CPU for this long, the quiesce's answer is out.
+const UNDISTURBED: Duration = Duration::from_millis(2);
+
+/// An ack needs a fork id; this one stands in where the document could not be read.
+const NO_FORK: &str = "00000000000000000000";
+
+/// How long making SSH host keys may take.
+const HOST_KEYS_DEADLINE: Duration = Duration::from_secs(20);
+
+/// Runs for ever.
+pub(super) fn run(state: &Arc<AgentState>, parts: &Parts) {
+    loop {
+        let mut armed = lock(&parts.armed);
+        while !*armed {
+            armed = parts.armed_changed.wait(armed).unwrap_or_else(PoisonError::into_inner);
+        }
+        *armed = false;
+        drop(armed);
+        touch_stack();
+        wait_until_filled(parts);
+        answer(state, parts);
+    }
+}
+
+/// Spins: the capture stops the guest within milliseconds, and a fork then goes on right here, with nothing between it
+/// and the identity, neither a timer nor the scheduler.
+fn wait_until_filled(parts: &Parts) {
+    let own = lock(&parts.own);
+    // At first the answer has to get out, so everybody else goes first.
+    let mut since = Instant::now();
+    let mut last = since;
+    while last.duration_since(since) < UNDISTURBED && !own.is_filled() {
+        rustix::thread::sched_yield();
+        let now = Instant::now();
+        if now.duration_since(last) > Duration::from_micros(100) {
+            since = now;
+        }
+        last = now;
+    }
+    set_real_time(true);
+    while !own.is_filled() {
+        std::hint::spin_loop();
+    }
+}
+
+fn answer(state: &Arc<AgentState>, parts: &Parts) {
+    let started = Instant::now();
+    let taken = lock(&parts.own).take();
+    state.set_phase(Phase::Applying);
+    let (payload, key) = match taken {
+        Ok(Some(taken)) => taken,
+        Ok(None) => return fail_silently(state, "the mailbox was filled and is not"),
+        // Without the page there is no key, so there can be no ack either: the host's deadline ends this fork.
+        Err(error) => return fail_silently(state, &error.to_string()),
+    };
+    // What the host sent to others is out of the pages before anything is applied.
+    let others = state.keeper().mailboxes().take();
+    let mut log = Log::default();
+    let mut fork = None;
+    let result = apply(state, parts, payload, started, &mut log, &mut fork);
+    let ack = Ack {
+        stage: if result.is_ok() { Stage::Applied } else { Stage::Failed },
+        mailbox: MailboxName::identity(),
+        fork: fork.clone().or_else(|| ForkId::parse(NO_FORK).ok()).unwrap_or_else(|| unreachable!("20 zeroes")),
+        steps: log.steps,
+        reason: result.err().map(|Failed(reason)| reason),
+    };
+    if let Some(reason) = &ack.reason {
+        state.set_phase(Phase::Failed);
+        console::warn(&format!("the identity was not applied: {reason}"));
+    }
+    send(parts, &ack, &key);
+    set_real_time(false);
+    match (&ack.reason, fork) {
+        (None, Some(fork)) => state.keeper().mailboxes().deliver(state, &fork, others),
+        // Payloads that nobody will get are dropped, and thereby wiped.
+        _ => drop(others),
+    }
+}
+
+fn apply(
+    state: &Arc<AgentState>,
+    parts: &Parts,
+    payload: Secret,
+    started: Instant,
+    log: &mut Log,
+    fork: &mut Option<ForkId>,
+) -> Result<(), Failed> {
+    let mut document = Document::from_json(payload.expose()).map_err(|error| Failed(format!("document: {error}")))?;
+    drop(payload);
+    *fork = Some(document.fork.id.clone());
+    let micros = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+    log.steps.push(Step { name: "document".into(), outcome: "taken+wiped".into(), micros });
+    let make_keys = {
+        let mut prepared = lock(&parts.prepared);
+        apply::until_thaw(state, parts, &mut prepared, &mut document, log)?;
+        prepared.wants_host_keys && document.action == Action::Become
+    };
+    // What follows waits for others, so it must let them run.
+    set_real_time(false);
+    if make_keys {
+        log.step("ssh-host-keys", || make_host_keys(state))?;
+    }
+    let after = match (document.action, state.identity()) {
+        (Action::Become, Some(identity)) => state.supervisor().after_thaw(&identity),
+        _ => state.supervisor().after_continue(),
+    };
+    log.steps.extend(after.steps);
+    after.failure.map_or(Ok(()), |reason| Err(Failed(reason)))
+}
+
+/// Makes the fork's SSH host keys, if the program that makes them is there.
+fn make_host_keys(state: &Arc<AgentState>) -> Result<std::borrow::Cow<'static, str>, String> {
+    let start = Start {
+        group: "tool-ssh-host-keys".to_owned(),
+        program: Program::Command(vec!["ssh-keygen".to_owned(), "-A".to_owned()]),
+        env: state.environment(),
+        workdir: String::new(),
+        user: String::new(),
+        console: Console::Pipes([None, None, None]),
+    };
+    let Ok(process) = state.workload().start(start) else { return Ok("removed".into()) };
+    match process.wait_until(Instant::now() + HOST_KEYS_DEADLINE) {
+        Some(exit) if exit.success() => Ok("made".into()),
+        Some(exit) => Err(format!("ssh-keygen exited with {}", exit.code())),
+        None => {
+            let _ = process.kill_tree();
+            Err("ssh-keygen took too long".to_owned())
+        }
+    }
+}
+
+fn fail_silently(state: &Arc<AgentState>, reason: &str) {
+    set_real_time(false);
+    state.set_phase(Phase::Failed);
+    console::warn(&format!("no identity could be taken: {reason}"));
+}
+
+fn send(parts: &Parts, ack: &Ack, key: &AckKey) {
+    if let Err(error) = parts.ack.send(&ack.to_line(key), Instant::now() + ACK_DEADLINE) {
+        console::warn(&format!("the ack could not be sent: {error}"));
+    }
+}
+
+/// Real-time priority for this thread while it waits for, and applies, the identity: nothing gets in between. Processes
+/// it starts do not inherit it. Best effort: without it a fork is only later.
+fn set_real_time(on: bool) {
+    let parameters = libc::sched_param { sched_priority: i32::from(on) };
+    let policy = if on { libc::SCHED_FIFO } else { libc::SCHED_OTHER };
+    // SAFETY: the call reads the parameters and keeps no reference; 0 is the calling thread.
+    let _ = unsafe { libc::sched_setscheduler(0, policy | libc::SCHED_RESET_ON_FORK, &raw const parameters) };
+}
+
+/// Makes the stack that the resume will use present.
+#[inline(never)]
+fn touch_stack() {
+    let mut space = [0_u8; 64 * 1024];
+    std::hint::black_box(&mut space);
+}

@@ -1,1 +1,0 @@
-//! Mailboxes of guest software (being written).
