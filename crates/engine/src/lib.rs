@@ -1,1 +1,110 @@
-//! (being written)
+//! What an engine is, and the engines.
+//!
+//! An [`Engine`] boots templates, captures them and restores forks. The order of a fork's life is held by types:
+//!
+//! ```text
+//! Engine::restore ─► PausedVm ─deliver(identity, …)─► SealedVm ─resume─► RunningVm
+//! ```
+//!
+//! Only a [`SealedVm`] can run, and only delivering an identity makes one; a machine that runs can not be patched.
+//! A [`PausedVm`] or [`SealedVm`] that is dropped takes its process with it.
+
+pub mod process;
+pub mod qemu;
+mod spec;
+mod vm;
+
+pub use process::ProcessRef;
+pub use spec::{Accel, BootSpec, Capabilities, Confinement, EngineInfo, EngineName, Machine, RestoreSpec};
+pub use vm::{BootedVm, DeliverError, Letter, PausedVm, RunningVm, SealedVm};
+
+use std::{io, path::PathBuf, time::Duration};
+
+use thiserror::Error;
+
+/// Why an engine could not do what it was asked.
+#[derive(Debug, Error)]
+pub enum EngineError {
+    /// The engine's program is not there.
+    #[error("{program} was not found; install it (on Debian: apt-get install {package}) or see `offshoot doctor`")]
+    Missing {
+        /// The program.
+        program: String,
+        /// The Debian package that has it.
+        package: &'static str,
+    },
+    /// The program could not be started.
+    #[error("{program} could not be started")]
+    Spawn {
+        /// The program.
+        program: String,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A file the machine needs could not be opened or made.
+    #[error("{what} {path}")]
+    File {
+        /// What was tried.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The machine's process ended; its last words are kept.
+    #[error("the machine's process ended while {during}; it said: {last_words}")]
+    Died {
+        /// What was going on.
+        during: &'static str,
+        /// The end of its log, cleaned for a terminal.
+        last_words: String,
+    },
+    /// The machine's process did not do something in time.
+    #[error("the machine's process did not finish {during} within {} ms", limit.as_millis())]
+    Timeout {
+        /// What was going on.
+        during: &'static str,
+        /// The deadline.
+        limit: Duration,
+    },
+    /// The machine's process refused a command.
+    #[error("the machine's process refused {during}: {reason}")]
+    Refused {
+        /// What was going on.
+        during: &'static str,
+        /// Its reason.
+        reason: String,
+    },
+    /// Talking to the machine's process failed.
+    #[error("the connection to the machine's process failed while {during}")]
+    Control {
+        /// What was going on.
+        during: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Something that runs sandboxes.
+pub trait Engine: Send + Sync + std::fmt::Debug {
+    /// Which engine, which version, with what acceleration.
+    fn info(&self) -> &EngineInfo;
+
+    /// What it can do. Callers ask before they begin; a request that needs more is refused at the door.
+    fn capabilities(&self) -> Capabilities;
+
+    /// Boots a template from a kernel and a root image.
+    ///
+    /// # Errors
+    /// [`EngineError`]; nothing is left running.
+    fn boot(&self, spec: &BootSpec<'_>) -> Result<Box<dyn BootedVm>, EngineError>;
+
+    /// Loads a captured template as a new machine that does not run.
+    ///
+    /// # Errors
+    /// [`EngineError`]; nothing is left running.
+    fn restore(&self, spec: &RestoreSpec<'_>) -> Result<PausedVm, EngineError>;
+}

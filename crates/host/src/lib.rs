@@ -1,1 +1,29 @@
-//! (being written)
+//! The verbs: build, fork, verify, kill, clean up; state on disk; recovery.
+//!
+//! Everything the command line (and any daemon) does is here. The truth is on disk: any process can pick up where another
+//! stopped.
+#![forbid(unsafe_code)]
+
+pub mod acks;
+pub mod build;
+pub mod cleanup;
+pub mod confine;
+pub mod bench;
+pub mod doctor;
+pub mod engines;
+pub mod fault;
+pub mod fork;
+pub mod forks;
+pub mod guest;
+pub mod home;
+pub mod image;
+pub mod limits;
+pub mod progress;
+pub mod recipe;
+pub mod record;
+pub mod request;
+pub mod verify;
+
+pub use home::Home;
+pub use record::ForkRecord;
+pub use request::{ForkRequest, LimitRequest, MailboxRequest};

@@ -1,0 +1,149 @@
+//! Processes known by pid **and** start time: a pid alone may by now be somebody else's.
+
+use std::{
+    fs, io,
+    os::fd::OwnedFd,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+};
+use serde::{Deserialize, Serialize};
+
+/// A process, for ever: pid, start time and the boot of the host it belongs to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProcessRef {
+    /// The pid.
+    pub pid: u32,
+    /// Start time in clock ticks after boot (field 22 of `/proc/PID/stat`).
+    pub start_time: u64,
+    /// The host's boot id: after a reboot every recorded process is gone.
+    pub boot_id: String,
+}
+
+impl ProcessRef {
+    /// The process that has `pid` now.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn of(pid: u32) -> io::Result<Self> {
+        Ok(Self { pid, start_time: start_time(pid)?, boot_id: boot_id()? })
+    }
+
+    /// This very process.
+    ///
+    /// # Errors
+    /// If `/proc` can not be read.
+    pub fn myself() -> io::Result<Self> {
+        Self::of(std::process::id())
+    }
+
+    /// Whether it is still there and no zombie.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        boot_id().is_ok_and(|id| id == self.boot_id)
+            && stat(self.pid).is_ok_and(|(state, start)| start == self.start_time && state != 'Z' && state != 'X')
+    }
+
+    /// A descriptor of the process; `None` if it is gone.
+    ///
+    /// # Errors
+    /// If the kernel refuses for another reason.
+    pub fn pidfd(&self) -> io::Result<Option<OwnedFd>> {
+        let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
+        let fd = match pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(fd) => fd,
+            Err(rustix::io::Errno::SRCH) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        // The descriptor holds the pid now; if the start time still matches, it is the one we mean.
+        Ok(self.is_alive().then_some(fd))
+    }
+
+    /// Kills it and waits until it is gone. Nothing happens if it is gone already or the pid is another process'.
+    ///
+    /// # Errors
+    /// `TimedOut` if it does not end within `limit`; `PermissionDenied` if it is somebody else's.
+    pub fn kill(&self, limit: Duration) -> io::Result<()> {
+        let Some(fd) = self.pidfd()? else { return Ok(()) };
+        match pidfd_send_signal(&fd, Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+            Err(error) => return Err(error.into()),
+        }
+        if wait_gone(&fd, limit)? { Ok(()) } else { Err(io::ErrorKind::TimedOut.into()) }
+    }
+}
+
+/// Waits until the process behind a pidfd has ended; false when `limit` passed first.
+///
+/// # Errors
+/// If poll fails.
+pub fn wait_gone(pidfd: &OwnedFd, limit: Duration) -> io::Result<bool> {
+    let deadline = Instant::now() + limit;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec::try_from(left).map_err(io::Error::other)?;
+        match poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&timeout)) {
+            Ok(0) => return Ok(false),
+            Ok(_) => return Ok(true),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+}
+
+fn start_time(pid: u32) -> io::Result<u64> {
+    stat(pid).map(|(_, start)| start)
+}
+
+/// State and start time from `/proc/PID/stat`. The command name may hold anything, so fields are counted after its `)`.
+fn stat(pid: u32) -> io::Result<(char, u64)> {
+    let text = fs::read(format!("/proc/{pid}/stat"))?;
+    let text = String::from_utf8_lossy(&text);
+    let parse = || {
+        let mut fields = text.rsplit_once(')')?.1.split_whitespace();
+        let state = fields.next()?.chars().next()?;
+        Some((state, fields.nth(18)?.parse().ok()?))
+    };
+    parse().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "unexpected /proc/PID/stat"))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn o2_a_reused_pid_is_another_process() {
+        let mut mine = ProcessRef::myself().unwrap();
+        assert!(mine.is_alive());
+        mine.start_time += 1;
+        assert!(!mine.is_alive());
+        assert!(mine.kill(Duration::from_secs(1)).is_ok(), "killing what is gone is no error, and kills nobody");
+        let mut rebooted = ProcessRef::myself().unwrap();
+        rebooted.boot_id = "another".into();
+        assert!(!rebooted.is_alive());
+    }
+
+    #[test]
+    fn kill_waits_until_the_process_is_gone() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let mut neighbour = Command::new("sleep").arg("1000").spawn().unwrap();
+        let (process, other) = (ProcessRef::of(child.id()).unwrap(), ProcessRef::of(neighbour.id()).unwrap());
+        process.kill(Duration::from_secs(5)).unwrap();
+        assert!(!process.is_alive());
+        child.wait().unwrap();
+        assert!(other.is_alive());
+        other.kill(Duration::from_secs(5)).unwrap();
+        neighbour.wait().unwrap();
+    }
+}

@@ -1,0 +1,311 @@
+//! The `qemu` engine: QEMU's `microvm` machine from the distribution.
+//!
+//! A template's memory is a file that its machine maps shared; the capture saves only the device state
+//! (`x-ignore-shared`). A fork maps the same file privately, loads the device state, and stays stopped until its mailboxes
+//! have been written through `/proc/PID/mem`.
+
+mod command;
+mod kvm;
+mod launch;
+mod qmp;
+
+use std::{
+    fs::{File, OpenOptions},
+    os::{
+        fd::AsFd,
+        unix::{fs::OpenOptionsExt, net::UnixStream},
+    },
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use memory::ProcessMemory;
+use serde_json::{Value, json};
+
+pub use command::CONTROL_CHANNELS;
+pub use kvm::{KvmState, kvm_state};
+pub use launch::{CONSOLE, LOG, MONITOR_SOCKET};
+
+use crate::{
+    Accel, BootSpec, BootedVm, Capabilities, DeliverError, Engine, EngineError, EngineInfo, EngineName, Letter,
+    PausedVm, ProcessRef, RestoreSpec, RunningVm,
+    vm::PausedBackend,
+};
+use command::{CommandLine, MemoryUse};
+use launch::{FileLimit, Prepared, Qemu};
+
+/// The program.
+pub const PROGRAM: &str = "qemu-system-x86_64";
+
+/// Time for a command that moves no data.
+const COMMAND_LIMIT: Duration = Duration::from_secs(10);
+/// Time to save or load the device state: 2 ms on an idle machine.
+const STATE_LIMIT: Duration = Duration::from_secs(60);
+
+/// The engine.
+#[derive(Debug)]
+pub struct QemuEngine {
+    program: PathBuf,
+    info: EngineInfo,
+    /// QEMU 8.2 and later can map a file privately that it opened for reading only.
+    read_only_template: bool,
+}
+
+impl QemuEngine {
+    /// Finds QEMU and asks for its version.
+    ///
+    /// # Errors
+    /// [`EngineError::Missing`] if it is not installed, [`EngineError::Refused`] if it is older than 7.2.
+    pub fn find(accel: Accel) -> Result<Self, EngineError> {
+        let missing = || EngineError::Missing { program: PROGRAM.into(), package: "qemu-system-x86" };
+        let program = find_in_path(PROGRAM).ok_or_else(missing)?;
+        let output = Command::new(&program)
+            .arg("--version")
+            .env_clear()
+            .output()
+            .map_err(|source| EngineError::Spawn { program: PROGRAM.into(), source })?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let (version, number) = parse_version(&text).ok_or_else(|| EngineError::Refused {
+            during: "asking for its version",
+            reason: "its answer has no version number".into(),
+        })?;
+        if number < (7, 2) {
+            return Err(EngineError::Refused {
+                during: "a check of its version",
+                reason: format!("QEMU {version} is older than 7.2"),
+            });
+        }
+        Ok(Self {
+            program,
+            info: EngineInfo { name: EngineName::Qemu, version, accel },
+            read_only_template: number >= (8, 2),
+        })
+    }
+
+    fn launch_boot(
+        &self,
+        spec: &BootSpec<'_>,
+        initramfs: Option<&Path>,
+        extra: &str,
+    ) -> Result<Qemu, EngineError> {
+        // Made here, with the caller's rights, so that the machine's process needs none to the directory.
+        let memory = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(spec.memory_file)
+            .and_then(|file| file.set_len(spec.machine.memory_bytes).map(|()| file))
+            .map_err(|source| EngineError::File { what: "making", path: spec.memory_file.into(), source })?;
+        if let Some((uid, gid)) = spec.confinement.user {
+            std::os::unix::fs::fchown(&memory, Some(uid), Some(gid))
+                .map_err(|source| EngineError::File { what: "handing over", path: spec.memory_file.into(), source })?;
+        }
+        let mut prepared = Prepared::new(spec.dir, spec.root_image, spec.memory_file)?;
+        let kernel = prepared.open(spec.kernel)?;
+        let initramfs = initramfs.map(|path| prepared.open(path)).transpose()?;
+        let console = prepared.console(spec.dir)?;
+        let line = CommandLine::machine(
+            spec.machine,
+            self.info.accel,
+            MemoryUse::Shared,
+            &file_name(spec.memory_file),
+            prepared.fds(),
+        )
+        .boot(kernel, initramfs, console, extra);
+        launch::launch(&self.program, spec.dir, line, prepared, &spec.confinement, FileLimit::None)
+    }
+}
+
+impl Engine for QemuEngine {
+    fn info(&self) -> &EngineInfo {
+        &self.info
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            patch_memory: true,
+            copy_on_write: true,
+            branch: false,
+            read_only_template: self.read_only_template,
+        }
+    }
+
+    fn boot(&self, spec: &BootSpec<'_>) -> Result<Box<dyn BootedVm>, EngineError> {
+        Ok(Box::new(Booted(self.launch_boot(spec, Some(spec.initramfs), "")?)))
+    }
+
+    fn restore(&self, spec: &RestoreSpec<'_>) -> Result<PausedVm, EngineError> {
+        let during = "loading the template";
+        let state = File::open(spec.state_file)
+            .map_err(|source| EngineError::File { what: "opening", path: spec.state_file.into(), source })?;
+        let memory = File::open(spec.memory_file)
+            .map_err(|source| EngineError::File { what: "opening", path: spec.memory_file.into(), source })?;
+        let prepared = Prepared::new(spec.dir, spec.root_image, spec.memory_file)?;
+        let usage = if self.read_only_template { MemoryUse::PrivateReadOnly } else { MemoryUse::Private };
+        let line = CommandLine::machine(
+            spec.machine,
+            self.info.accel,
+            usage,
+            &file_name(spec.memory_file),
+            prepared.fds(),
+        )
+        .restore();
+        let mut qemu =
+            launch::launch(&self.program, spec.dir, line, prepared, &spec.confinement, FileLimit::Fork)?;
+        let loaded = load_state(&mut qemu, &state);
+        match loaded {
+            Ok(()) => Ok(PausedVm::new(Box::new(Paused { qemu, memory, size: spec.machine.memory_bytes }))),
+            Err(error) => Err(qemu.explain(error, during)),
+        }
+    }
+}
+
+/// Loads the device state. The capability can only be set once the monitor is there, so `-incoming` is deferred.
+fn load_state(qemu: &mut Qemu, state: &File) -> Result<(), EngineError> {
+    let during = "loading the template";
+    ignore_shared_memory(qemu, during)?;
+    qemu.qmp.give_fd(during, "state", state.as_fd(), COMMAND_LIMIT)?;
+    qemu.qmp.run(during, "migrate-incoming", json!({ "uri": "fd:state" }), COMMAND_LIMIT)?;
+    wait_migration(qemu, during)?;
+    let status = qemu.qmp.run(during, "query-status", json!({}), COMMAND_LIMIT)?;
+    if status.get("status").and_then(Value::as_str) != Some("paused") {
+        return Err(EngineError::Refused { during, reason: "the machine is not paused after the load".into() });
+    }
+    Ok(())
+}
+
+fn ignore_shared_memory(qemu: &mut Qemu, during: &'static str) -> Result<(), EngineError> {
+    let capabilities = ["x-ignore-shared", "events"].map(|name| json!({ "capability": name, "state": true }));
+    let arguments = json!({ "capabilities": capabilities });
+    qemu.qmp.run(during, "migrate-set-capabilities", arguments, COMMAND_LIMIT).map(drop)
+}
+
+fn wait_migration(qemu: &mut Qemu, during: &'static str) -> Result<(), EngineError> {
+    let completed = qemu.qmp.wait_event(during, STATE_LIMIT, |event| {
+        if event.get("event")?.as_str()? != "MIGRATION" {
+            return None;
+        }
+        match event.get("data")?.get("status")?.as_str()? {
+            "completed" => Some(true),
+            "failed" | "cancelled" => Some(false),
+            _ => None,
+        }
+    })?;
+    if completed {
+        Ok(())
+    } else {
+        Err(EngineError::Refused { during, reason: "the device state was not accepted".into() })
+    }
+}
+
+#[derive(Debug)]
+struct Booted(Qemu);
+
+impl BootedVm for Booted {
+    fn process(&self) -> &ProcessRef {
+        &self.0.process
+    }
+
+    fn ack_stream(&self) -> &UnixStream {
+        &self.0.ack
+    }
+
+    fn pause(&mut self) -> Result<(), EngineError> {
+        let during = "pausing the template";
+        let paused = self.0.qmp.run(during, "stop", json!({}), COMMAND_LIMIT);
+        paused.map(drop).map_err(|error| self.0.explain(error, during))
+    }
+
+    fn capture(mut self: Box<Self>, state_file: &Path) -> Result<(), EngineError> {
+        let during = "saving the template";
+        let qemu = &mut self.0;
+        let state = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(state_file)
+            .map_err(|source| EngineError::File { what: "making", path: state_file.into(), source })?;
+        let mut save = || {
+            ignore_shared_memory(qemu, during)?;
+            // Unlimited: the default of 128 MiB/s is meant for networks.
+            let bandwidth = json!({ "max-bandwidth": u64::MAX >> 1 });
+            qemu.qmp.run(during, "migrate-set-parameters", bandwidth, COMMAND_LIMIT)?;
+            qemu.qmp.give_fd(during, "state", state.as_fd(), COMMAND_LIMIT)?;
+            qemu.qmp.run(during, "migrate", json!({ "uri": "fd:state" }), COMMAND_LIMIT)?;
+            wait_migration(qemu, during)?;
+            qemu.qmp.run(during, "quit", json!({}), COMMAND_LIMIT)
+        };
+        match save() {
+            Ok(_) => self.0.wait_end(COMMAND_LIMIT),
+            Err(error) => Err(self.0.explain(error, during)),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Paused {
+    qemu: Qemu,
+    memory: File,
+    size: u64,
+}
+
+impl PausedBackend for Paused {
+    fn process(&self) -> &ProcessRef {
+        &self.qemu.process
+    }
+
+    fn patch(&mut self, letters: &[Letter<'_>]) -> Result<(), DeliverError> {
+        let memory = ProcessMemory::open(self.qemu.process.pid, &self.memory, self.size)?;
+        let letters: Vec<_> =
+            letters.iter().map(|letter| (letter.mailbox, letter.payload.expose(), &letter.ack_key)).collect();
+        memory.fill(&letters)?;
+        Ok(())
+    }
+
+    fn resume(mut self: Box<Self>) -> Result<RunningVm, EngineError> {
+        let during = "letting the fork run";
+        match self.qemu.qmp.run(during, "cont", json!({}), COMMAND_LIMIT) {
+            Ok(_) => {
+                let (child, ack_stream, process) = self.qemu.release();
+                Ok(RunningVm { process, ack_stream, child })
+            }
+            Err(error) => Err(self.qemu.explain(error, during)),
+        }
+    }
+}
+
+/// The name alone: the directory is reached through a descriptor. Names of template files are fixed and plain.
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+fn find_in_path(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
+        .chain(["/usr/bin".into(), "/usr/local/bin".into()])
+        .map(|dir| dir.join(program))
+        .find(|file| file.is_file())
+}
+
+/// `QEMU emulator version 7.2.22 (Debian …)` → (`7.2.22`, (7, 2)).
+fn parse_version(text: &str) -> Option<(String, (u32, u32))> {
+    let version = text.split_whitespace().skip_while(|&word| word != "version").nth(1)?;
+    let mut parts = version.split('.');
+    Some((version.to_owned(), (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_parsed_as_numbers() {
+        let text = "QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)\nCopyright";
+        assert_eq!(parse_version(text), Some(("10.0.2".into(), (10, 0))));
+        assert!((10, 0) > (7, 2));
+        assert_eq!(parse_version("no number"), None);
+    }
+}

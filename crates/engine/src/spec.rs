@@ -1,0 +1,122 @@
+//! What a machine is made of.
+
+use std::{fmt, os::fd::BorrowedFd, path::Path};
+
+use serde::{Deserialize, Serialize};
+
+/// Which engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineName {
+    /// QEMU from the distribution.
+    Qemu,
+}
+
+impl fmt::Display for EngineName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Qemu => "qemu",
+        })
+    }
+}
+
+/// What executes the guest's code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accel {
+    /// Hardware virtualisation.
+    Kvm,
+    /// Emulation.
+    Tcg,
+}
+
+impl fmt::Display for Accel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        })
+    }
+}
+
+/// An engine's name, version and acceleration; a template remembers what made it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EngineInfo {
+    /// Which engine.
+    pub name: EngineName,
+    /// Its version, e.g. `7.2.22`.
+    pub version: String,
+    /// What executes the guest.
+    pub accel: Accel,
+}
+
+/// What an engine can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Capabilities {
+    /// Mailboxes: it can write a fork's private memory before the fork runs.
+    pub patch_memory: bool,
+    /// The memory of forks is shared copy-on-write with their template.
+    pub copy_on_write: bool,
+    /// It can capture a running fork as a template.
+    pub branch: bool,
+    /// It opens a template's memory file for reading only. Where not, it keeps a writable descriptor it does not need.
+    pub read_only_template: bool,
+}
+
+/// The part of a machine that a template and its forks must have in common.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Machine {
+    /// Guest memory in bytes.
+    pub memory_bytes: u64,
+    /// Number of virtual CPUs.
+    pub vcpus: u32,
+}
+
+/// With what rights the machine's process runs.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Confinement<'a> {
+    /// User and group to change to before the program starts (needs root); `None` keeps the caller's.
+    pub user: Option<(u32, u32)>,
+    /// Whether to put it into network, IPC and UTS namespaces of its own (needs root).
+    pub namespaces: bool,
+    /// Files named `cgroup.procs` (opened for writing) that it enters before the program starts.
+    pub cgroups: &'a [BorrowedFd<'a>],
+}
+
+/// How to boot a template.
+#[derive(Debug)]
+pub struct BootSpec<'a> {
+    /// The machine's own directory: the caller's rights make sockets and logs in it, and it is the process' working directory.
+    pub dir: &'a Path,
+    /// Memory and CPUs.
+    pub machine: Machine,
+    /// The kernel image.
+    pub kernel: &'a Path,
+    /// The initramfs that holds the agent.
+    pub initramfs: &'a Path,
+    /// The root image, ext4, opened for reading only.
+    pub root_image: &'a Path,
+    /// The memory file to make; it becomes the template's memory.
+    pub memory_file: &'a Path,
+    /// Rights of the process.
+    pub confinement: Confinement<'a>,
+}
+
+/// How to restore a fork.
+#[derive(Debug)]
+pub struct RestoreSpec<'a> {
+    /// The machine's own directory: the caller's rights make sockets and logs in it, and it is the process' working directory.
+    pub dir: &'a Path,
+    /// Memory and CPUs, as the template has them.
+    pub machine: Machine,
+    /// The root image, opened for reading only.
+    pub root_image: &'a Path,
+    /// The template's memory; mapped privately.
+    pub memory_file: &'a Path,
+    /// The template's device state.
+    pub state_file: &'a Path,
+    /// Rights of the process.
+    pub confinement: Confinement<'a>,
+}

@@ -1,0 +1,251 @@
+//! Waiting for a fork's acks: all of them together, each with its own deadline, on one stream.
+
+use std::{
+    collections::BTreeMap,
+    io::{self, Read},
+    os::unix::net::UnixStream,
+    time::{Duration, Instant},
+};
+
+use identity::{Ack, AckKey, ForkId, MailboxName, Stage, ack::MAX_LINE};
+use thiserror::Error;
+
+/// Most bytes a fork may send before its acks are complete: 17 acks fit ten times over.
+const MAX_BYTES: usize = 1 << 20;
+
+/// Why a fork has not acknowledged.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum AckWaitError {
+    /// The guest says that a step failed; nothing of its workload ran.
+    #[error("the guest could not apply {mailbox}: {reason}")]
+    Failed {
+        /// Which mailbox.
+        mailbox: MailboxName,
+        /// The guest's reason, cleaned for a terminal.
+        reason: String,
+    },
+    /// The deadline passed.
+    #[error("no valid ack of {mailbox} came within {} ms{}", limit.as_millis(), rejected_text(*rejected))]
+    Timeout {
+        /// Which mailbox.
+        mailbox: MailboxName,
+        /// The deadline.
+        limit: Duration,
+        /// Lines that came and were no valid ack of this fork.
+        rejected: usize,
+    },
+    /// The fork's machine ended.
+    #[error("the fork's machine ended before {0} was acknowledged")]
+    Ended(MailboxName),
+    /// The guest sent more than any ack needs.
+    #[error("the guest flooded its ack channel")]
+    Flood,
+    /// The stream broke.
+    #[error("the ack channel failed: {0}")]
+    Stream(String),
+}
+
+fn rejected_text(rejected: usize) -> String {
+    if rejected == 0 { String::new() } else { format!(" ({rejected} lines were refused as malformed or forged)") }
+}
+
+/// An ack and when it came.
+#[derive(Debug, Clone)]
+pub struct Received {
+    /// The ack.
+    pub ack: Ack,
+    /// When.
+    pub at: Instant,
+}
+
+/// What is awaited.
+#[derive(Debug)]
+pub struct Waiter {
+    fork: ForkId,
+    keys: BTreeMap<MailboxName, AckKey>,
+    wanted: BTreeMap<MailboxName, Duration>,
+    received: BTreeMap<MailboxName, Received>,
+    rejected: usize,
+    bytes: usize,
+    line: Vec<u8>,
+    overlong: bool,
+}
+
+impl Waiter {
+    /// For a fork; `keys` are those of all mailboxes that got a payload.
+    #[must_use]
+    pub fn new(fork: ForkId, keys: BTreeMap<MailboxName, AckKey>) -> Self {
+        Self {
+            fork,
+            keys,
+            wanted: BTreeMap::new(),
+            received: BTreeMap::new(),
+            rejected: 0,
+            bytes: 0,
+            line: Vec::new(),
+            overlong: false,
+        }
+    }
+
+    /// Adds a mailbox that must acknowledge within `limit` of the start of the wait.
+    pub fn want(&mut self, mailbox: MailboxName, limit: Duration) {
+        self.wanted.insert(mailbox, limit);
+    }
+
+    /// Waits until everything wanted is there.
+    ///
+    /// # Errors
+    /// The first [`AckWaitError`].
+    pub fn wait(mut self, stream: &UnixStream) -> Result<BTreeMap<MailboxName, Received>, AckWaitError> {
+        let start = Instant::now();
+        let mut buffer = [0; 4096];
+        while let Some((mailbox, limit)) = self.next_deadline() {
+            let left = limit.saturating_sub(start.elapsed());
+            if left.is_zero() {
+                return Err(AckWaitError::Timeout { mailbox, limit, rejected: self.rejected });
+            }
+            stream.set_read_timeout(Some(left)).map_err(|error| AckWaitError::Stream(error.to_string()))?;
+            match (&mut &*stream).read(&mut buffer) {
+                Ok(0) => return Err(AckWaitError::Ended(mailbox)),
+                Ok(count) => self.take(&buffer[..count])?,
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(AckWaitError::Ended(mailbox)),
+                Err(error) => return Err(AckWaitError::Stream(error.to_string())),
+            }
+        }
+        Ok(self.received)
+    }
+
+    /// The mailbox still awaited whose deadline is first.
+    fn next_deadline(&self) -> Option<(MailboxName, Duration)> {
+        self.wanted
+            .iter()
+            .filter(|(name, _)| !self.received.contains_key(*name))
+            .min_by_key(|(_, limit)| **limit)
+            .map(|(name, limit)| (name.clone(), *limit))
+    }
+
+    fn take(&mut self, bytes: &[u8]) -> Result<(), AckWaitError> {
+        self.bytes += bytes.len();
+        if self.bytes > MAX_BYTES {
+            return Err(AckWaitError::Flood);
+        }
+        for &byte in bytes {
+            if byte != b'\n' {
+                self.overlong |= self.line.len() >= MAX_LINE;
+                if !self.overlong {
+                    self.line.push(byte);
+                }
+                continue;
+            }
+            let line = std::mem::take(&mut self.line);
+            if std::mem::take(&mut self.overlong) {
+                self.rejected += 1;
+            } else if !line.is_empty() {
+                self.take_line(&line)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn take_line(&mut self, line: &[u8]) -> Result<(), AckWaitError> {
+        let parsed = Ack::parse(line, |mailbox| self.keys.get(mailbox).cloned());
+        // An ack of another fork is signed with another key; the field is compared all the same.
+        let Some(ack) = parsed.ok().filter(|ack| ack.fork == self.fork) else {
+            self.rejected += 1;
+            return Ok(());
+        };
+        if ack.stage == Stage::Failed {
+            let reason = ack.reason.unwrap_or_else(|| "no reason given".into());
+            let reason = reason.chars().map(|character| if character.is_control() { ' ' } else { character }).collect();
+            return Err(AckWaitError::Failed { mailbox: ack.mailbox, reason });
+        }
+        self.received.entry(ack.mailbox.clone()).or_insert_with(|| Received { ack, at: Instant::now() });
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn name(text: &str) -> MailboxName {
+        MailboxName::parse(text).unwrap()
+    }
+
+    fn fork(digit: char) -> ForkId {
+        ForkId::parse(&digit.to_string().repeat(20)).unwrap()
+    }
+
+    fn ack(mailbox: &str, digit: char) -> Ack {
+        Ack { stage: Stage::Applied, mailbox: name(mailbox), fork: fork(digit), steps: Vec::new(), reason: None }
+    }
+
+    /// Two forks; the line is the second's for the first, and so on.
+    fn wait_for_foo(lines: &[String]) -> Result<BTreeMap<MailboxName, Received>, AckWaitError> {
+        let key = AckKey::new([1; 32]);
+        let keys = ["foo", "foobar"].map(|text| (name(text), key.for_mailbox(&name(text))));
+        let mut waiter = Waiter::new(fork('a'), keys.into());
+        waiter.want(name("foo"), Duration::from_millis(100));
+        let (mut guest, host) = UnixStream::pair().unwrap();
+        for line in lines {
+            guest.write_all(format!("{line}\n").as_bytes()).unwrap();
+        }
+        let waited = waiter.wait(&host);
+        drop(guest);
+        waited
+    }
+
+    #[test]
+    fn i7_only_the_right_mailbox_of_the_right_fork_with_the_right_key_counts() {
+        let (key, other) = (AckKey::new([1; 32]), AckKey::new([2; 32]));
+        let foo = |ack: &Ack, key: &AckKey| ack.to_line(&key.for_mailbox(&ack.mailbox));
+        assert!(wait_for_foo(&[foo(&ack("foo", 'a'), &key)]).is_ok());
+
+        let refused = [
+            foo(&ack("foobar", 'a'), &key),
+            foo(&ack("foo", 'a'), &other),
+            foo(&ack("foo", 'b'), &key),
+            foo(&ack("foo", 'b'), &other),
+            ack("foo", 'a').to_line(&key.for_mailbox(&name("foobar"))),
+            format!("junk {}", foo(&ack("foo", 'a'), &key)),
+            "x".repeat(10_000),
+        ];
+        for line in refused {
+            let error = wait_for_foo(std::slice::from_ref(&line)).unwrap_err();
+            assert!(matches!(error, AckWaitError::Timeout { .. }), "{line}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_refused_line_does_not_hide_the_real_one() {
+        let key = AckKey::new([1; 32]);
+        let real = ack("foo", 'a').to_line(&key.for_mailbox(&name("foo")));
+        assert!(wait_for_foo(&["y".repeat(9000), String::new(), real]).is_ok());
+    }
+
+    #[test]
+    fn a_guest_that_floods_is_cut_off() {
+        let lines: Vec<String> = (0..50).map(|_| "z".repeat(4000)).collect();
+        let waiting = std::thread::spawn(move || {
+            let mut waiter = Waiter::new(fork('a'), BTreeMap::new());
+            waiter.want(name("foo"), Duration::from_secs(20));
+            let (mut guest, host) = UnixStream::pair().unwrap();
+            let writer = std::thread::spawn(move || {
+                for line in lines.iter().cycle().take(1000) {
+                    if guest.write_all(line.as_bytes()).is_err() {
+                        break;
+                    }
+                }
+            });
+            let error = waiter.wait(&host).unwrap_err();
+            drop(host);
+            writer.join().unwrap();
+            error
+        });
+        assert_eq!(waiting.join().unwrap(), AckWaitError::Flood);
+    }
+}

@@ -1,0 +1,191 @@
+//! `cleanup`: finds what a crash left behind. A plan first; nothing is touched until it is carried out.
+//!
+//! What lives is judged by what processes really hold: a machine's working directory is its fork's directory, and its
+//! sockets lie there. Only what offshoot made is ever touched: directories and links whose names have our exact form, and
+//! processes that hold such a directory.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use engine::ProcessRef;
+use identity::ForkId;
+use store::Store;
+
+use crate::{
+    forks, limits,
+    home::Home,
+    record::{self, Entry},
+};
+
+/// Something that can be removed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leftover {
+    /// What it is, for people.
+    pub what: String,
+    /// Why it can go.
+    pub reason: String,
+    /// Where it is.
+    pub path: PathBuf,
+    action: Action,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Action {
+    /// A dead fork, by its record.
+    DeadFork(ForkId),
+    /// A half-made fork: end the processes that hold its directory, then remove it.
+    HalfMade { id: ForkId, processes: Vec<ProcessRef> },
+    /// A name that points to no fork.
+    Name,
+    /// A control group of no fork.
+    Cgroup,
+    /// A half-made or half-removed template.
+    Template,
+}
+
+/// What was found.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// What can be removed.
+    pub leftovers: Vec<Leftover>,
+    /// What is being made right now, and is left alone.
+    pub being_made: Vec<PathBuf>,
+    /// What is not ours, and is left alone.
+    pub foreign: Vec<PathBuf>,
+}
+
+/// Looks, and touches nothing.
+///
+/// # Errors
+/// If a directory can not be read.
+pub fn plan(home: &Home, store: &Store) -> io::Result<Plan> {
+    let mut plan = Plan::default();
+    let mut known: Vec<ForkId> = Vec::new();
+    // Names and groups before forks: what is made after this line is newer than every one of them.
+    let names = record::names(home)?;
+    let groups = limits::all();
+    for entry in record::entries(home)? {
+        match entry {
+            Entry::Fork(record) if record.is_alive() => known.push(record.id),
+            Entry::Fork(record) => {
+                known.push(record.id.clone());
+                plan.leftovers.push(Leftover {
+                    what: format!("fork {} ({})", record.name, record.id),
+                    reason: "its machine has ended".into(),
+                    path: forks::dir(home, &record),
+                    action: Action::DeadFork(record.id),
+                });
+            }
+            Entry::BeingMade(dir) => {
+                if let Some(id) = dir.file_name().and_then(|name| ForkId::parse(name.to_str()?.trim_start_matches(".new-")).ok()) {
+                    known.push(id);
+                }
+                plan.being_made.push(dir);
+            }
+            Entry::Leftover { dir, id, process, reason } => {
+                known.push(id.clone());
+                let mut processes = holders(&dir)?;
+                processes.extend(process.filter(|process| process.is_alive() && !processes.contains(process)));
+                plan.leftovers.push(Leftover {
+                    what: format!("half-made fork {id} ({} processes)", processes.len()),
+                    reason,
+                    path: dir,
+                    action: Action::HalfMade { id, processes },
+                });
+            }
+            Entry::Foreign(path) => plan.foreign.push(path),
+        }
+    }
+    for (path, id) in names {
+        match id {
+            None => plan.foreign.push(path),
+            Some(id) if known.contains(&id) => {}
+            // Made or removed while we looked: its directory decides, once more.
+            Some(id) if home.forks().join(id.as_str()).exists() || home.forks().join(format!(".new-{id}")).exists() => {}
+            Some(id) => plan.leftovers.push(Leftover {
+                what: format!("name {}", path.file_name().unwrap_or_default().to_string_lossy()),
+                reason: format!("there is no fork {id}"),
+                path,
+                action: Action::Name,
+            }),
+        }
+    }
+    for (path, id) in groups.into_iter().filter(|(_, id)| !known.contains(id)) {
+        let empty = fs::read_to_string(path.join("cgroup.procs")).is_ok_and(|procs| procs.trim().is_empty());
+        if empty && !home.forks().join(format!(".new-{id}")).exists() {
+            plan.leftovers.push(Leftover {
+                what: format!("control group of fork {id}"),
+                reason: "it is empty and there is no such fork".into(),
+                path,
+                action: Action::Cgroup,
+            });
+        }
+    }
+    for left in store.leftovers().map_err(io::Error::other)? {
+        plan.leftovers.push(Leftover {
+            what: "half-made or half-removed template".into(),
+            reason: "its maker ended before it was finished".into(),
+            path: left,
+            action: Action::Template,
+        });
+    }
+    Ok(plan)
+}
+
+/// Removes one leftover.
+///
+/// # Errors
+/// If it can not be removed.
+pub fn carry_out(home: &Home, leftover: &Leftover) -> io::Result<()> {
+    match &leftover.action {
+        Action::DeadFork(id) => {
+            // Read again: only what is dead now goes.
+            match record::find(home, id.as_str())? {
+                Some(record) if !record.is_alive() => forks::kill(home, &record).map_err(io::Error::other),
+                _ => Ok(()),
+            }
+        }
+        Action::HalfMade { id, processes } => {
+            for process in processes {
+                process.kill(Duration::from_secs(20))?;
+            }
+            for (group, _) in limits::all().into_iter().filter(|(_, owner)| owner == id) {
+                limits::remove(&[group], id)?;
+            }
+            record::remove(home, &leftover.path, id)
+        }
+        Action::Name => fs::remove_file(&leftover.path),
+        Action::Cgroup => fs::remove_dir(&leftover.path),
+        Action::Template => {
+            for process in holders(&leftover.path)? {
+                process.kill(Duration::from_secs(20))?;
+            }
+            fs::remove_dir_all(&leftover.path)
+        }
+    }
+}
+
+/// Processes of engines whose working directory is `dir` or below, or which hold a file there.
+fn holders(dir: &Path) -> io::Result<Vec<ProcessRef>> {
+    let dir = dir.canonicalize()?;
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        // A shell whose user went there is not ours; an engine is.
+        let is_engine = fs::read_to_string(entry.path().join("comm")).is_ok_and(|comm| comm.starts_with("qemu-system"));
+        if pid == std::process::id() || !is_engine {
+            continue;
+        }
+        let inside = |link: PathBuf| fs::read_link(link).is_ok_and(|target| target.starts_with(&dir));
+        let open = || fs::read_dir(entry.path().join("fd")).into_iter().flatten().flatten().any(|fd| inside(fd.path()));
+        if (inside(entry.path().join("cwd")) || open())
+            && let Ok(process) = ProcessRef::of(pid)
+        {
+            found.push(process);
+        }
+    }
+    Ok(found)
+}

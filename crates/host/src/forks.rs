@@ -1,0 +1,118 @@
+//! Forks that exist: list, find, kill.
+
+use std::{fs, io, path::PathBuf, time::Duration};
+
+use thiserror::Error;
+
+use crate::{
+    home::Home,
+    limits,
+    record::{self, Entry, ForkRecord},
+};
+
+/// Time for a killed process to be gone; the kernel has to free its memory first.
+const KILL_LIMIT: Duration = Duration::from_secs(20);
+
+/// Why something could not be done to a fork.
+#[derive(Debug, Error)]
+pub enum ForksError {
+    /// There is no such fork.
+    #[error("there is no fork {0:?}; see `offshoot ls`")]
+    NotFound(String),
+    /// It exists, but its machine has ended.
+    #[error("fork {name} is dead: its machine has ended; remove it with `offshoot kill {name}`")]
+    Dead {
+        /// Its name.
+        name: String,
+    },
+    /// Its machine could not be ended.
+    #[error("the machine of fork {name} could not be ended")]
+    Kill {
+        /// Its name.
+        name: String,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The state directory could not be read or written.
+    #[error("{step} failed")]
+    State {
+        /// The step.
+        step: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// All forks, alive or dead, oldest first.
+///
+/// # Errors
+/// If the state directory can not be read.
+pub fn list(home: &Home) -> Result<Vec<ForkRecord>, ForksError> {
+    let entries = record::entries(home).map_err(|source| ForksError::State { step: "reading the forks", source })?;
+    let mut forks: Vec<ForkRecord> = entries
+        .into_iter()
+        .filter_map(|entry| match entry {
+            Entry::Fork(record) => Some(*record),
+            _ => None,
+        })
+        .collect();
+    forks.sort_by(|a, b| (a.created_ms, &a.name).cmp(&(b.created_ms, &b.name)));
+    Ok(forks)
+}
+
+/// A fork by name, id, or unique beginning of its id.
+///
+/// # Errors
+/// [`ForksError::NotFound`].
+pub fn get(home: &Home, wanted: &str) -> Result<ForkRecord, ForksError> {
+    record::find(home, wanted)
+        .map_err(|source| ForksError::State { step: "reading the forks", source })?
+        .ok_or_else(|| ForksError::NotFound(wanted.chars().take(80).collect()))
+}
+
+/// A fork whose machine is alive.
+///
+/// # Errors
+/// [`ForksError::NotFound`], [`ForksError::Dead`].
+pub fn get_alive(home: &Home, wanted: &str) -> Result<ForkRecord, ForksError> {
+    let record = get(home, wanted)?;
+    if record.is_alive() { Ok(record) } else { Err(ForksError::Dead { name: record.name.to_string() }) }
+}
+
+/// The directory of a fork: its sockets and logs.
+#[must_use]
+pub fn dir(home: &Home, record: &ForkRecord) -> PathBuf {
+    home.forks().join(record.id.as_str())
+}
+
+/// Ends a fork and removes everything it had. It is no error if its machine is gone already.
+///
+/// # Errors
+/// [`ForksError`]; what is left can be removed by another try.
+pub fn kill(home: &Home, record: &ForkRecord) -> Result<(), ForksError> {
+    let state = |step| move |source| ForksError::State { step, source };
+    record
+        .process
+        .kill(KILL_LIMIT)
+        .map_err(|source| ForksError::Kill { name: record.name.to_string(), source })?;
+    limits::remove(&record.cgroups, &record.id).map_err(state("removing the fork's control groups"))?;
+    record::remove(home, &dir(home, record), &record.id).map_err(state("removing the fork's directory"))
+}
+
+/// Bytes of memory that only this fork holds, and that it shares with others (its template's memory above all).
+#[must_use]
+pub fn memory_of(record: &ForkRecord) -> Option<(u64, u64)> {
+    let text = fs::read_to_string(format!("/proc/{}/smaps_rollup", record.process.pid)).ok()?;
+    let sum = |names: &[&str]| {
+        text.lines()
+            .filter_map(|line| {
+                let (name, rest) = line.split_once(':')?;
+                names.contains(&name).then(|| rest.split_whitespace().next()?.parse::<u64>().ok())?
+            })
+            .sum::<u64>()
+            * 1024
+    };
+    Some((sum(&["Private_Clean", "Private_Dirty"]), sum(&["Shared_Clean", "Shared_Dirty"])))
+}

@@ -1,0 +1,103 @@
+//! Where offshoot keeps things.
+
+use std::{
+    env, fs, io,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+};
+
+use thiserror::Error;
+
+/// The directories of one user (or of the whole system, for root).
+#[derive(Debug, Clone)]
+pub struct Home {
+    /// Templates.
+    pub data: PathBuf,
+    /// Forks: what runs, and who holds which name.
+    pub state: PathBuf,
+    /// What can be made again: kernels, root images.
+    pub cache: PathBuf,
+}
+
+/// Why there is no home.
+#[derive(Debug, Error)]
+pub enum HomeError {
+    /// Neither HOME nor the directories themselves are set.
+    #[error("HOME is not set; set it, or OFFSHOOT_DATA_DIR, OFFSHOOT_STATE_DIR and OFFSHOOT_CACHE_DIR")]
+    NoHome,
+    /// A directory could not be made.
+    #[error("the directory {path} could not be made; set {variable} to one you can write to")]
+    Make {
+        /// The directory.
+        path: PathBuf,
+        /// The variable that moves it.
+        variable: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Home {
+    /// From the environment: `OFFSHOOT_{DATA,STATE,CACHE}_DIR`; else for root `/var/lib/offshoot`, `/run/offshoot` and
+    /// `/var/cache/offshoot`; else the XDG directories. They are made if absent.
+    ///
+    /// # Errors
+    /// [`HomeError`].
+    pub fn from_env() -> Result<Self, HomeError> {
+        let set = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let root = rustix::process::geteuid().is_root();
+        let place = |own: &str, system: &str, xdg: &str, below_home: &str| {
+            if let Some(path) = set(own) {
+                return Ok(path);
+            }
+            if root {
+                return Ok(PathBuf::from(system));
+            }
+            let base = set(xdg).or_else(|| set("HOME").map(|home| home.join(below_home))).ok_or(HomeError::NoHome)?;
+            Ok(base.join("offshoot"))
+        };
+        let home = Self {
+            data: place("OFFSHOOT_DATA_DIR", "/var/lib/offshoot", "XDG_DATA_HOME", ".local/share")?,
+            state: place("OFFSHOOT_STATE_DIR", "/run/offshoot", "XDG_STATE_HOME", ".local/state")?,
+            cache: place("OFFSHOOT_CACHE_DIR", "/var/cache/offshoot", "XDG_CACHE_HOME", ".cache")?,
+        };
+        home.make()
+    }
+
+    /// Makes the directories: data can be passed through (a fork's process reaches its template), the rest is private.
+    ///
+    /// # Errors
+    /// [`HomeError::Make`].
+    pub fn make(self) -> Result<Self, HomeError> {
+        let forks = self.forks();
+        let names = self.names();
+        let places: [(&Path, u32, &'static str); 5] = [
+            (&self.data, 0o711, "OFFSHOOT_DATA_DIR"),
+            (&self.cache, 0o711, "OFFSHOOT_CACHE_DIR"),
+            (&self.state, 0o700, "OFFSHOOT_STATE_DIR"),
+            (&forks, 0o700, "OFFSHOOT_STATE_DIR"),
+            (&names, 0o700, "OFFSHOOT_STATE_DIR"),
+        ];
+        for (path, mode, variable) in places {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(mode)
+                .create(path)
+                .map_err(|source| HomeError::Make { path: path.to_owned(), variable, source })?;
+        }
+        Ok(self)
+    }
+
+    /// One directory per fork.
+    #[must_use]
+    pub fn forks(&self) -> PathBuf {
+        self.state.join("forks")
+    }
+
+    /// One link per fork name in use, to the fork's id.
+    #[must_use]
+    pub fn names(&self) -> PathBuf {
+        self.state.join("names")
+    }
+}

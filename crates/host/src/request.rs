@@ -1,0 +1,285 @@
+//! What a caller asks of a fork, checked before anything begins.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use identity::{
+    EnvName, ForkName, MailboxName, Secret, SecretName,
+    document::{self, MAX_ENTRIES},
+    mailbox::MAX_CALLER_MAILBOXES,
+};
+use memory::Mailbox;
+use store::Manifest;
+use thiserror::Error;
+
+/// How long a mailbox's ack is awaited when the caller does not say.
+pub const DEFAULT_ACK_TIMEOUT: Duration = Duration::from_millis(5000);
+/// Longest time a caller may ask for.
+pub const MAX_ACK_TIMEOUT: Duration = Duration::from_millis(30_000);
+/// Most forks of one request.
+pub const MAX_FORKS: usize = 1000;
+
+/// A request for one or more forks.
+#[derive(Debug, Clone, Default)]
+pub struct ForkRequest {
+    /// How many; each has an identity of its own.
+    pub count: usize,
+    /// The name; with a count above 1, `-1`, `-2`… are appended. Without one, names are made from the template's.
+    pub name: Option<ForkName>,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// Environment.
+    pub env: BTreeMap<EnvName, String>,
+    /// Secrets.
+    pub secrets: BTreeMap<SecretName, Secret>,
+    /// Files: guest path to content and permission bits.
+    pub files: BTreeMap<String, (Secret, u32)>,
+    /// Payloads for mailboxes.
+    pub mailboxes: Vec<MailboxRequest>,
+    /// Limits.
+    pub limits: LimitRequest,
+}
+
+/// A payload for one mailbox.
+#[derive(Debug, Clone)]
+pub struct MailboxRequest {
+    /// The mailbox.
+    pub name: MailboxName,
+    /// Its token, if it was planted with one.
+    pub token: Option<Secret>,
+    /// The payload: a JSON object.
+    pub payload: Secret,
+    /// Whether the fork counts as made only once this mailbox has acknowledged.
+    pub wait_ack: bool,
+    /// How long; zero is the default.
+    pub ack_timeout: Duration,
+}
+
+/// Limits a caller asks for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LimitRequest {
+    /// Bytes of memory.
+    pub memory: Option<u64>,
+    /// Thousandths of a CPU.
+    pub cpu_millis: Option<u64>,
+    /// Processes and threads.
+    pub pids: Option<u64>,
+}
+
+/// Why a request was refused before any work. Never repeats a payload or a secret.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum RequestError {
+    /// A number is out of its range.
+    #[error("{what} must be from {min} to {max}, not {given}")]
+    Range {
+        /// What.
+        what: &'static str,
+        /// Least.
+        min: u64,
+        /// Most.
+        max: u64,
+        /// Given.
+        given: u64,
+    },
+    /// The names of several forks do not fit into 63 characters.
+    #[error("the name {0} is too long to get a number appended; use at most 58 characters with -n")]
+    NameTooLong(ForkName),
+    /// More than 16 mailboxes.
+    #[error("{0} mailboxes were given; a fork takes at most {MAX_CALLER_MAILBOXES}")]
+    TooManyMailboxes(usize),
+    /// The same mailbox twice.
+    #[error("mailbox {0} was given twice")]
+    MailboxTwice(MailboxName),
+    /// A name that belongs to offshoot.
+    #[error("mailbox {0} belongs to offshoot; names that begin with offshoot: can not be addressed")]
+    MailboxReserved(MailboxName),
+    /// The template has no such mailbox.
+    #[error("template has no mailbox {name}; it has {known} (see `offshoot mailboxes {tag}`)")]
+    MailboxUnknown {
+        /// The mailbox.
+        name: MailboxName,
+        /// Those it has.
+        known: String,
+        /// The template.
+        tag: String,
+    },
+    /// The template has this mailbox more than once.
+    #[error("mailbox {name} is ambiguous in this template: {reason}; build the template again with one program that plants it")]
+    MailboxAmbiguous {
+        /// The mailbox.
+        name: MailboxName,
+        /// Why.
+        reason: String,
+    },
+    /// The token is absent or not the one it was planted with.
+    #[error("the token for mailbox {0} does not match the one it was planted with (give it with --mailbox-token)")]
+    MailboxToken(MailboxName),
+    /// Not a JSON object.
+    #[error("the payload for mailbox {0} is not a JSON object")]
+    NotAnObject(MailboxName),
+    /// Longer than the mailbox.
+    #[error("the payload for mailbox {name} has {len} bytes; the mailbox takes {capacity}")]
+    PayloadTooLong {
+        /// The mailbox.
+        name: MailboxName,
+        /// Bytes given.
+        len: usize,
+        /// Bytes possible.
+        capacity: usize,
+    },
+    /// The whole identity does not fit.
+    #[error("env, labels, secrets and files have {len} bytes together as JSON; a fork takes {capacity} (copy larger files with `offshoot cp`)")]
+    IdentityTooLong {
+        /// Bytes.
+        len: usize,
+        /// Bytes possible.
+        capacity: usize,
+    },
+    /// A label, a variable's value or a path breaks its rule.
+    #[error("{what} is not valid: {rule}")]
+    Field {
+        /// What, without its value.
+        what: String,
+        /// The rule.
+        rule: &'static str,
+    },
+}
+
+/// A mailbox request together with where it goes.
+#[derive(Debug, Clone)]
+pub struct Addressed<'a> {
+    /// Where.
+    pub mailbox: &'a Mailbox,
+    /// What.
+    pub request: &'a MailboxRequest,
+}
+
+impl ForkRequest {
+    /// Checks everything that can be checked before any work, and finds the mailboxes.
+    ///
+    /// # Errors
+    /// [`RequestError`].
+    pub fn check<'a>(&'a self, manifest: &'a Manifest) -> Result<Vec<Addressed<'a>>, RequestError> {
+        range("the number of forks", self.count as u64, 1, MAX_FORKS as u64)?;
+        if self.count > 1
+            && let Some(name) = &self.name
+            && name.as_str().len() > 58
+        {
+            return Err(RequestError::NameTooLong(name.clone()));
+        }
+        self.check_fields()?;
+        self.limits.check()?;
+        self.address(manifest)
+    }
+
+    fn check_fields(&self) -> Result<(), RequestError> {
+        let field = |what: String, rule| Err(RequestError::Field { what, rule });
+        let counts = [self.labels.len(), self.env.len(), self.secrets.len(), self.files.len()];
+        if counts.iter().any(|&count| count > MAX_ENTRIES) {
+            return field("the number of labels, variables, secrets or files".into(), "at most 256 of each");
+        }
+        for (key, value) in &self.labels {
+            if !document::is_label(key) {
+                return field(format!("the label {key:?}"), "a key is 1 to 256 bytes without '=' and control characters");
+            }
+            if value.len() > document::MAX_LABEL || value.chars().any(char::is_control) {
+                return field(format!("the value of label {key:?}"), "at most 256 bytes without control characters");
+            }
+        }
+        for (name, value) in &self.env {
+            if value.contains('\0') {
+                return field(format!("the value of variable {name}"), "no NUL bytes");
+            }
+        }
+        for (path, (_, mode)) in &self.files {
+            if !document::is_guest_path(path) || mode & !0o7777 != 0 {
+                return field(format!("the file {path:?}"), "an absolute path without '..', not ending in '/'");
+            }
+        }
+        Ok(())
+    }
+
+    fn address<'a>(&'a self, manifest: &'a Manifest) -> Result<Vec<Addressed<'a>>, RequestError> {
+        if self.mailboxes.len() > MAX_CALLER_MAILBOXES {
+            return Err(RequestError::TooManyMailboxes(self.mailboxes.len()));
+        }
+        let mut addressed: Vec<Addressed<'a>> = Vec::new();
+        for request in &self.mailboxes {
+            let name = &request.name;
+            if name.is_reserved() {
+                return Err(RequestError::MailboxReserved(name.clone()));
+            }
+            if addressed.iter().any(|other| other.request.name == *name) {
+                return Err(RequestError::MailboxTwice(name.clone()));
+            }
+            if request.ack_timeout > MAX_ACK_TIMEOUT {
+                let millis = u64::try_from(request.ack_timeout.as_millis()).unwrap_or(u64::MAX);
+                return range("the ack timeout in ms", millis, 0, 30_000).map(|()| Vec::new());
+            }
+            if let Some(ambiguous) = manifest.ambiguous.iter().find(|ambiguous| ambiguous.name == *name) {
+                return Err(RequestError::MailboxAmbiguous { name: name.clone(), reason: ambiguous.reason.clone() });
+            }
+            let found = manifest.mailboxes.iter().find(|mailbox| mailbox.name == *name);
+            let mailbox = found.ok_or_else(|| unknown(name, manifest))?;
+            if !mailbox.accepts_token(request.token.as_ref().map_or(&[][..], Secret::expose)) {
+                return Err(RequestError::MailboxToken(name.clone()));
+            }
+            let payload = request.payload.expose();
+            if payload.len() > mailbox.capacity {
+                let (len, capacity) = (payload.len(), mailbox.capacity);
+                return Err(RequestError::PayloadTooLong { name: name.clone(), len, capacity });
+            }
+            if !is_json_object(payload) {
+                return Err(RequestError::NotAnObject(name.clone()));
+            }
+            addressed.push(Addressed { mailbox, request });
+        }
+        Ok(addressed)
+    }
+
+    /// The name of fork `index` (from 0), or `None` when one has to be made up.
+    #[must_use]
+    pub fn name_of(&self, index: usize) -> Option<ForkName> {
+        let name = self.name.as_ref()?;
+        if self.count == 1 { Some(name.clone()) } else { ForkName::parse(&format!("{name}-{}", index + 1)).ok() }
+    }
+}
+
+impl MailboxRequest {
+    /// How long its ack is awaited.
+    #[must_use]
+    pub fn timeout(&self) -> Duration {
+        if self.ack_timeout.is_zero() { DEFAULT_ACK_TIMEOUT } else { self.ack_timeout }
+    }
+}
+
+impl LimitRequest {
+    fn check(&self) -> Result<(), RequestError> {
+        if let Some(memory) = self.memory {
+            range("--memory-limit in bytes", memory, 16 << 20, 1 << 50)?;
+        }
+        if let Some(cpus) = self.cpu_millis {
+            range("--cpus in thousandths", cpus, 10, 1_024_000)?;
+        }
+        if let Some(pids) = self.pids {
+            range("--pids", pids, 1, 4_194_304)?;
+        }
+        Ok(())
+    }
+}
+
+fn range(what: &'static str, given: u64, min: u64, max: u64) -> Result<(), RequestError> {
+    if (min..=max).contains(&given) { Ok(()) } else { Err(RequestError::Range { what, min, max, given }) }
+}
+
+fn unknown(name: &MailboxName, manifest: &Manifest) -> RequestError {
+    let mut known: Vec<&str> =
+        manifest.mailboxes.iter().filter(|mailbox| !mailbox.name.is_reserved()).map(|mailbox| mailbox.name.as_str()).collect();
+    known.sort_unstable();
+    let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+    RequestError::MailboxUnknown { name: name.clone(), known, tag: manifest.tag.to_string() }
+}
+
+fn is_json_object(payload: &[u8]) -> bool {
+    // Only the form counts: the values are skipped, not kept.
+    serde_json::from_slice::<BTreeMap<String, serde::de::IgnoredAny>>(payload).is_ok()
+}

@@ -1,0 +1,218 @@
+//! Writing into the private pages of a machine's process before it runs.
+//!
+//! The template's memory file itself is never written: two forks would race, and every later fork would start with the
+//! first one's identity. So the mapping is looked up in `/proc/PID/maps` by the file it maps, and a shared one is refused.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    ops::Range,
+    os::unix::fs::{FileExt, MetadataExt},
+};
+
+use identity::{
+    AckKey, MailboxName,
+    mailbox::{Fill, Header, MailboxError, PAGE_SIZE, Page, State, fill, offset},
+};
+use thiserror::Error;
+
+use crate::Mailbox;
+
+/// Why nothing (or, for [`PatchError::Write`], not everything) was written. The machine must be destroyed.
+#[derive(Debug, Error)]
+pub enum PatchError {
+    /// The process does not map the file as it should.
+    #[error("the machine's process has no private mapping of its template's memory: {0}")]
+    Mapping(&'static str),
+    /// Its memory can not be reached.
+    #[error("the memory of the machine's process can not be reached")]
+    Open(#[source] io::Error),
+    /// A marker is not where the capture found it.
+    #[error("the marker of mailbox {name} is not where the template says ({reason}); build the template again")]
+    Marker {
+        /// The mailbox.
+        name: MailboxName,
+        /// What was found.
+        reason: String,
+    },
+    /// A payload does not fit.
+    #[error(transparent)]
+    Payload(#[from] MailboxError),
+    /// A write failed half-way.
+    #[error("writing the mailboxes failed")]
+    Write(#[source] io::Error),
+}
+
+/// The memory of a guest as its machine's process maps it.
+#[derive(Debug)]
+pub struct ProcessMemory {
+    memory: File,
+    /// Where the file's bytes are: offset in the file, and in the process.
+    mappings: Vec<(Range<u64>, u64)>,
+}
+
+impl ProcessMemory {
+    /// Finds the private mapping of `file` in the process `pid`.
+    ///
+    /// # Errors
+    /// [`PatchError::Mapping`] if there is none, it is shared, or does not cover `size` bytes.
+    pub fn open(pid: u32, file: &File, size: u64) -> Result<Self, PatchError> {
+        let maps = fs::read_to_string(format!("/proc/{pid}/maps")).map_err(PatchError::Open)?;
+        let metadata = file.metadata().map_err(PatchError::Open)?;
+        let device = (rustix::fs::major(metadata.dev()), rustix::fs::minor(metadata.dev()));
+        let mappings = private_mappings(&maps, |mapping| {
+            mapping.inode == metadata.ino()
+                && (mapping.device == device
+                    // Some file systems (btrfs, overlays) show another device in maps than in stat.
+                    || fs::metadata(&mapping.path)
+                        .is_ok_and(|other| (other.dev(), other.ino()) == (metadata.dev(), metadata.ino())))
+        })?;
+        let mut covered = 0;
+        for (range, _) in &mappings {
+            if range.start == covered {
+                covered = range.end;
+            }
+        }
+        if covered != size {
+            return Err(PatchError::Mapping("it does not cover the guest's memory"));
+        }
+        let memory =
+            OpenOptions::new().read(true).write(true).open(format!("/proc/{pid}/mem")).map_err(PatchError::Open)?;
+        Ok(Self { memory, mappings })
+    }
+
+    /// Fills mailboxes, all or nothing: every marker of every mailbox is checked before the first byte is written.
+    ///
+    /// # Errors
+    /// [`PatchError`]; after [`PatchError::Write`] the memory is half-written, and the process must be killed.
+    pub fn fill(&self, letters: &[(&Mailbox, &[u8], &AckKey)]) -> Result<(), PatchError> {
+        let mut plan: Vec<(u64, Fill)> = Vec::new();
+        for (mailbox, payload, ack_key) in letters {
+            let header = self.check(mailbox)?;
+            for part in fill(&header, payload, ack_key)? {
+                plan.push((self.address(mailbox, part.page_index)?, part));
+            }
+        }
+        let at = |address: u64, field: usize| address + field as u64;
+        for (address, part) in &plan {
+            self.memory.write_all_at(part.tail.expose(), at(*address, offset::PAYLOAD_LEN)).map_err(PatchError::Write)?;
+        }
+        // Page 0 of each mailbox is what its reader waits for, so it is last.
+        let filled = State::Filled.to_bytes();
+        for later in [true, false] {
+            for (address, _) in plan.iter().filter(|(_, part)| (part.page_index > 0) == later) {
+                self.memory.write_all_at(&filled, at(*address, offset::STATE)).map_err(PatchError::Write)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether every page of the mailbox is there, armed, and the one that was captured.
+    fn check(&self, mailbox: &Mailbox) -> Result<Header, PatchError> {
+        let marker = |reason: String| PatchError::Marker { name: mailbox.name.clone(), reason };
+        let mut first: Option<Header> = None;
+        for index in 0..mailbox.pages.len() {
+            let mut page: Page = [0; PAGE_SIZE];
+            self.memory.read_exact_at(&mut page, self.address(mailbox, index)?).map_err(PatchError::Open)?;
+            let header = Header::parse(&page).map_err(|error| marker(error.to_string()))?;
+            let right = header.name == mailbox.name
+                && header.nonce == mailbox.nonce
+                && header.capacity == mailbox.capacity
+                && header.page_count == mailbox.pages.len()
+                && header.page_index == index;
+            if !right {
+                return Err(marker("another mailbox is there".into()));
+            }
+            if header.state != State::Armed {
+                return Err(marker("it is not armed".into()));
+            }
+            first.get_or_insert(header);
+        }
+        first.ok_or_else(|| marker("it has no pages".into()))
+    }
+
+    fn address(&self, mailbox: &Mailbox, index: usize) -> Result<u64, PatchError> {
+        let offset = mailbox.pages.get(index).copied().unwrap_or(u64::MAX);
+        let whole = |range: &Range<u64>| offset.is_multiple_of(PAGE_SIZE as u64) && range.contains(&offset) && range.end - offset >= PAGE_SIZE as u64;
+        self.mappings.iter().find(|(range, _)| whole(range)).map(|(range, start)| start + (offset - range.start)).ok_or_else(
+            || PatchError::Marker { name: mailbox.name.clone(), reason: "its place is outside of the memory".into() },
+        )
+    }
+}
+
+/// Mappings of a file in `/proc/PID/maps`, by offset. The file is known by device and inode, never by its name.
+fn private_mappings(
+    maps: &str,
+    is_the_file: impl Fn(&Mapping) -> bool,
+) -> Result<Vec<(Range<u64>, u64)>, PatchError> {
+    let mut mappings = Vec::new();
+    for line in maps.lines() {
+        let Some(mapping) = Mapping::parse(line) else { continue };
+        if !is_the_file(&mapping) {
+            continue;
+        }
+        if !mapping.private {
+            return Err(PatchError::Mapping("it is shared, and writing would change the template"));
+        }
+        if mapping.writable {
+            mappings.push((mapping.offset..mapping.offset + mapping.len, mapping.start));
+        }
+    }
+    mappings.sort_by_key(|(range, _)| range.start);
+    if mappings.is_empty() { Err(PatchError::Mapping("it does not map it")) } else { Ok(mappings) }
+}
+
+struct Mapping {
+    start: u64,
+    len: u64,
+    offset: u64,
+    private: bool,
+    writable: bool,
+    device: (u32, u32),
+    inode: u64,
+    path: String,
+}
+
+impl Mapping {
+    /// `7f0000000000-7f0020000000 rw-p 00000000 fe:00 1234   /path`
+    fn parse(line: &str) -> Option<Self> {
+        let mut fields = line.split_ascii_whitespace();
+        let (start, end) = fields.next()?.split_once('-')?;
+        let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
+        let rights = fields.next()?.as_bytes();
+        let offset = u64::from_str_radix(fields.next()?, 16).ok()?;
+        let (major, minor) = fields.next()?.split_once(':')?;
+        Some(Self {
+            start,
+            len: end.checked_sub(start)?,
+            offset,
+            private: rights.get(3) == Some(&b'p'),
+            writable: rights.get(1) == Some(&b'w'),
+            device: (u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?),
+            inode: fields.next()?.parse().ok()?,
+            path: fields.collect::<Vec<_>>().join(" "),
+        })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const MAPS: &str = "\
+7f0000000000-7f0000100000 rw-p 00000000 fe:00 77                         /data/memory.img
+7f0000100000-7f0000200000 rw-p 00100000 fe:00 77                         /data/memory.img
+7f1000000000-7f1000100000 rw-s 00000000 fe:00 78                         /data/other file
+55d000000000-55d000100000 rw-p 00000000 00:00 0                          [heap]
+";
+
+    #[test]
+    fn mappings_are_known_by_their_file_and_a_shared_one_is_refused() {
+        let of = |inode| private_mappings(MAPS, |mapping| mapping.inode == inode && mapping.device == (0xfe, 0));
+        let mib = 0x10_0000;
+        assert_eq!(of(77).unwrap(), [(0..mib, 0x7f00_0000_0000), (mib..2 * mib, 0x7f00_0010_0000)]);
+        assert!(matches!(of(78), Err(PatchError::Mapping(reason)) if reason.contains("shared")));
+        assert!(matches!(of(1), Err(PatchError::Mapping(_))));
+    }
+}

@@ -1,0 +1,161 @@
+//! The store's promises, on real directories and processes.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use identity::Tag;
+use offshoot_engine::{Accel, EngineInfo, EngineName, Machine};
+use offshoot_store::{Building, Contents, MEMORY, Manifest, Store, StoreError};
+
+fn tag(text: &str) -> Tag {
+    Tag::parse(text).unwrap()
+}
+
+fn contents() -> Contents {
+    Contents {
+        engine: EngineInfo { name: EngineName::Qemu, version: "7.2.22".into(), accel: Accel::Tcg },
+        machine: Machine { memory_bytes: 8192, vcpus: 1 },
+        kernel: "6.1".into(),
+        recipe: "busybox".into(),
+        mailboxes: Vec::new(),
+        ambiguous: Vec::new(),
+        probes: BTreeMap::new(),
+        facts: BTreeMap::new(),
+        warnings: Vec::new(),
+        frozen_monotonic_ns: 1,
+        frozen_wall_ns: 2,
+        build_millis: 3,
+        group: None,
+        memory_writable: false,
+    }
+}
+
+fn fill(building: &Building) {
+    fs::write(building.memory_file(), [7; 8192]).unwrap();
+    fs::write(building.state_file(), b"state").unwrap();
+    fs::write(building.root_image(), b"root").unwrap();
+}
+
+fn make(store: &Store, text: &str) -> Manifest {
+    let building = store.begin(&tag(text)).unwrap();
+    fill(&building);
+    building.commit(contents()).unwrap()
+}
+
+#[test]
+fn f1_a_template_appears_whole_and_read_only() {
+    let data = tempfile::tempdir().unwrap();
+    let store = Store::open(data.path()).unwrap();
+    let building = store.begin(&tag("a")).unwrap();
+    fill(&building);
+    assert!(store.list().unwrap().is_empty(), "not before it is committed");
+    let made = building.commit(contents()).unwrap();
+    make(&store, "b");
+    let template = store.get(&tag("a")).unwrap();
+    assert_eq!(template.manifest(), &made);
+    let mode = fs::metadata(template.memory_file()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o400);
+    let tags: Vec<_> = store.list().unwrap().into_iter().map(|found| found.unwrap().tag.to_string()).collect();
+    assert_eq!(tags, ["a", "b"]);
+    assert!(matches!(store.begin(&tag("a")), Err(StoreError::Exists { .. })));
+}
+
+#[test]
+fn o4_a_second_builder_is_told_who_holds_the_tag() {
+    let data = tempfile::tempdir().unwrap();
+    let store = Store::open(data.path()).unwrap();
+    let building = store.begin(&tag("a")).unwrap();
+    let error = store.begin(&tag("a")).unwrap_err();
+    assert!(error.to_string().contains(&format!("process {}", std::process::id())), "{error}");
+    assert!(matches!(store.get(&tag("a")), Err(StoreError::Locked { .. })));
+    // Another tag is free, and so is this one when the builder gives up.
+    make(&store, "b");
+    drop(building);
+    make(&store, "a");
+}
+
+#[test]
+fn a_template_in_use_is_not_removed() {
+    let data = tempfile::tempdir().unwrap();
+    let store = Store::open(data.path()).unwrap();
+    make(&store, "a");
+    make(&store, "b");
+    let using = store.get(&tag("a")).unwrap();
+    assert!(matches!(store.remove(&tag("a")), Err(StoreError::Locked { .. })));
+    drop(using);
+    store.remove(&tag("a")).unwrap();
+    assert!(matches!(store.get(&tag("a")), Err(StoreError::NotFound { .. })));
+    assert!(store.get(&tag("b")).is_ok());
+}
+
+#[test]
+fn a_builder_that_gives_up_leaves_nothing() {
+    let data = tempfile::tempdir().unwrap();
+    let store = Store::open(data.path()).unwrap();
+    let building = store.begin(&tag("a")).unwrap();
+    fs::write(building.memory_file(), b"x").unwrap();
+    // Two of three files are missing: the commit fails, and the directory goes.
+    assert!(matches!(building.commit(contents()), Err(StoreError::File { .. })));
+    assert_eq!(fs::read_dir(data.path().join("templates")).unwrap().count(), 0);
+}
+
+#[test]
+fn t3_a_manifest_that_claims_another_tag_or_size_is_refused() {
+    let data = tempfile::tempdir().unwrap();
+    let store = Store::open(data.path()).unwrap();
+    make(&store, "a");
+    make(&store, "b");
+    let templates = data.path().join("templates");
+    fs::rename(templates.join("a"), templates.join("c")).unwrap();
+    assert!(matches!(store.get(&tag("c")), Err(StoreError::Broken { .. })));
+    let memory = templates.join("b").join(MEMORY);
+    fs::set_permissions(&memory, fs::Permissions::from_mode(0o600)).unwrap();
+    fs::write(&memory, b"short").unwrap();
+    assert!(matches!(store.get(&tag("b")), Err(StoreError::Broken { .. })));
+    assert_eq!(store.list().unwrap().iter().filter(|found| found.is_err()).count(), 2);
+}
+
+#[test]
+fn o3_only_what_a_dead_maker_left_is_a_leftover() {
+    let data = tempfile::tempdir().unwrap();
+    let store = Store::open(data.path()).unwrap();
+    make(&store, "kept");
+    let templates = data.path().join("templates");
+    let alive = store.begin(&tag("alive")).unwrap();
+    let left = |name: &str, maker: &str| {
+        let dir = templates.join(name);
+        fs::create_dir(&dir).unwrap();
+        fs::write(dir.join("maker.json"), maker).unwrap();
+        dir
+    };
+    let dead = left(".building-0123456789abcdef0123", &maker_that_ended());
+    // Near misses that are not ours.
+    left(".building-0123", &maker_that_ended());
+    left(".building-0123456789abcdef0123x", &maker_that_ended());
+    left("building-0123456789abcdef0123", &maker_that_ended());
+    assert_eq!(store.leftovers().unwrap(), [dead]);
+    drop(alive);
+}
+
+/// What a process that is gone would have written.
+fn maker_that_ended() -> String {
+    let mut child = Command::new("sleep").arg("100").stdout(Stdio::null()).spawn().unwrap();
+    let process = offshoot_engine::ProcessRef::of(child.id()).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    serde_json::to_string(&process).unwrap()
+}
+
+#[test]
+fn t3_no_file_appears_for_a_bad_tag() {
+    for bad in ["", "../x", "/etc/x", ".", "..", "a/b", &"a".repeat(65)] {
+        assert!(Tag::parse(bad).is_err(), "{bad}");
+    }
+    assert!(!Path::new("x").exists());
+}
