@@ -20,7 +20,9 @@ use guest_api::proto;
 use thiserror::Error;
 use toml::Spanned;
 
-use self::file::{FileToml, OnFork, RecipeToml, RootKind, RootToml, RuntimeRestart, ServiceRestart, ServiceToml, Start};
+use self::file::{
+    FileToml, OnFork, RecipeToml, RootKind, RootToml, RuntimeRestart, ServiceRestart, ServiceToml, Start,
+};
 use crate::image::rootfs::{RootError, oci};
 
 const FILE: &str = "recipe.toml";
@@ -239,7 +241,8 @@ impl Recipe {
     /// What the agent is asked to start, with time for all of it one after the other.
     #[must_use]
     pub fn warm_request(&self) -> proto::WarmRequest {
-        let services = self.services.iter().filter(|service| service.start_in_template).map(|service| service.timeout_ms);
+        let services =
+            self.services.iter().filter(|service| service.start_in_template).map(|service| service.timeout_ms);
         let runtime = self.runtime.iter().map(|runtime| runtime.ready_timeout_ms);
         proto::WarmRequest {
             services: self.services.clone(),
@@ -287,7 +290,9 @@ impl Folder<'_> {
             return Err("a built-in recipe has no folder".to_owned());
         };
         let path = Path::new(relative);
-        let plain = path.components().all(|part| matches!(part, std::path::Component::Normal(_) | std::path::Component::CurDir));
+        let plain = path
+            .components()
+            .all(|part| matches!(part, std::path::Component::Normal(_) | std::path::Component::CurDir));
         if relative.is_empty() || !plain {
             return Err(format!("{relative:?} must be a path below the recipe's folder, without \"..\""));
         }
@@ -310,8 +315,8 @@ impl Folder<'_> {
 }
 
 fn parse(text: &str, name: &str, folder: &Folder<'_>) -> Result<Recipe, RecipeError> {
-    let toml: RecipeToml = toml::from_str(text)
-        .map_err(|error| RecipeError::Syntax { name: name.to_owned(), error: Box::new(error) })?;
+    let toml: RecipeToml =
+        toml::from_str(text).map_err(|error| RecipeError::Syntax { name: name.to_owned(), error: Box::new(error) })?;
     let invalid = |span: std::ops::Range<usize>, why: String| RecipeError::Invalid {
         name: name.to_owned(),
         line: file::line(text, &span),
@@ -320,7 +325,8 @@ fn parse(text: &str, name: &str, folder: &Folder<'_>) -> Result<Recipe, RecipeEr
 
     let span = toml.rootfs.span();
     let rootfs = root_source(toml.rootfs.into_inner(), folder).map_err(|why| invalid(span, why))?;
-    let files = check_all(toml.files, MAX_FILES, "files", |file| recipe_file(file, folder)).map_err(|(s, w)| invalid(s, w))?;
+    let files =
+        check_all(toml.files, MAX_FILES, "files", |file| recipe_file(file, folder)).map_err(|(s, w)| invalid(s, w))?;
     let services = check_all(toml.services, MAX_SERVICES, "services", service).map_err(|(s, w)| invalid(s, w))?;
     let mut names = BTreeSet::new();
     if let Some(twice) = services.iter().find(|service| !names.insert(&service.name)) {
@@ -387,7 +393,8 @@ fn root_source(root: RootToml, folder: &Folder<'_>) -> Result<RootSource, String
     Ok(match root.kind {
         RootKind::Debian => {
             let suite = root.suite.ok_or("kind = \"debian\" needs suite = \"…\", for example \"bookworm\"")?.0;
-            let packages: Vec<String> = root.packages.unwrap_or_default().into_iter().map(|package| package.0).collect();
+            let packages: Vec<String> =
+                root.packages.unwrap_or_default().into_iter().map(|package| package.0).collect();
             if packages.len() > MAX_PACKAGES {
                 return Err(format!("at most {MAX_PACKAGES} packages are allowed"));
             }
@@ -432,7 +439,9 @@ fn service(service: ServiceToml) -> Result<proto::Service, String> {
     expect(service.on_fork == OnFork::Signal, service.signal.is_some(), "signal")?;
     expect(service.on_fork == OnFork::Hook, service.hook.is_some(), "hook")?;
     if service.start == Start::Fork && service.on_fork != OnFork::Keep {
-        return Err(format!("the service {name} starts in the fork, with its identity: on_fork has no meaning, leave it out"));
+        return Err(format!(
+            "the service {name} starts in the fork, with its identity: on_fork has no meaning, leave it out"
+        ));
     }
     let ready_line = service.ready_line.map(|text| text.0).unwrap_or_default();
     if ready_line.contains('\n') {

@@ -1,0 +1,127 @@
+//! `recipe.toml` as it is written.
+
+use std::ops::Range;
+
+use serde::Deserialize;
+use toml::Spanned;
+
+use super::values::{
+    Command, Env, FileMode, GuestPath, Name, Package, Seconds, Signal, Size, Suite, Text, User, Vcpus,
+};
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RecipeToml {
+    pub(super) name: Name,
+    pub(super) description: Option<Text>,
+    pub(super) memory: Option<Size>,
+    pub(super) vcpus: Option<Vcpus>,
+    pub(super) rootfs: Spanned<RootToml>,
+    #[serde(default)]
+    pub(super) files: Vec<Spanned<FileToml>>,
+    pub(super) env: Option<Env>,
+    pub(super) runtime: Option<RuntimeToml>,
+    #[serde(default)]
+    pub(super) services: Vec<Spanned<ServiceToml>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum RootKind {
+    Debian,
+    Busybox,
+    Directory,
+    Tar,
+    Oci,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RootToml {
+    pub(super) kind: RootKind,
+    pub(super) suite: Option<Suite>,
+    pub(super) packages: Option<Vec<Package>>,
+    pub(super) path: Option<Text>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct FileToml {
+    pub(super) path: GuestPath,
+    pub(super) source: Option<Text>,
+    pub(super) content: Option<String>,
+    pub(super) mode: Option<FileMode>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum RuntimeRestart {
+    #[default]
+    Never,
+    OnFailure,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum ServiceRestart {
+    #[default]
+    Never,
+    OnFailure,
+    Always,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RuntimeToml {
+    pub(super) command: Command,
+    pub(super) env: Option<Env>,
+    pub(super) workdir: Option<GuestPath>,
+    pub(super) user: Option<User>,
+    #[serde(default)]
+    pub(super) restart: RuntimeRestart,
+    pub(super) ready_timeout_s: Option<Seconds>,
+    pub(super) event_timeout_s: Option<Seconds>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Start {
+    #[default]
+    Template,
+    Fork,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum OnFork {
+    #[default]
+    Keep,
+    Restart,
+    Signal,
+    Hook,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ServiceToml {
+    pub(super) name: Name,
+    pub(super) command: Command,
+    pub(super) env: Option<Env>,
+    pub(super) workdir: Option<GuestPath>,
+    pub(super) user: Option<User>,
+    #[serde(default)]
+    pub(super) start: Start,
+    #[serde(default)]
+    pub(super) on_fork: OnFork,
+    pub(super) signal: Option<Signal>,
+    pub(super) hook: Option<Command>,
+    pub(super) ready_line: Option<Text>,
+    #[serde(default)]
+    pub(super) restart: ServiceRestart,
+    pub(super) timeout_s: Option<Seconds>,
+}
+
+/// The line, counted from 1, on which a span begins.
+pub(super) fn line(text: &str, span: &Range<usize>) -> usize {
+    text.as_bytes().iter().take(span.start).filter(|byte| **byte == b'\n').count() + 1
+}

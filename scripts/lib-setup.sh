@@ -1,0 +1,84 @@
+# Shell functions that bring a Debian machine to where offshoot can be built and run. To be sourced, by a POSIX shell:
+#   . "$(dirname "$0")/lib-setup.sh"
+# shellcheck shell=sh
+
+offshoot_source=${offshoot_source:-$(git rev-parse --show-toplevel 2>/dev/null || pwd)}
+offshoot_target=x86_64-unknown-linux-gnu
+# Both programs side by side, so that the command line finds its agent.
+offshoot_bin=$offshoot_source/target/offshoot-bin
+
+setup_fail() {
+    printf '%s\n' "$*" >&2
+    exit 1
+}
+
+# Sets as_root to what must stand before a command that needs root.
+need_root_or_sudo() {
+    if [ "$(id -u)" -eq 0 ]; then
+        as_root=
+    elif command -v sudo >/dev/null 2>&1; then
+        as_root=sudo
+    else
+        setup_fail "This needs root: run it as root, or install sudo."
+    fi
+}
+
+is_installed() {
+    dpkg-query -W -f '${db:Status-Status}\n' "$1" 2>/dev/null | grep -qx installed
+}
+
+# install_missing PACKAGE…: installs those that are not there, and does nothing, not even ask for root, if all are.
+install_missing() {
+    command -v dpkg-query >/dev/null 2>&1 || setup_fail "This is no Debian system. Install yourself: $*"
+    missing=
+    for package in "$@"; do
+        is_installed "$package" || missing="$missing $package"
+    done
+    [ -n "$missing" ] || return 0
+    need_root_or_sudo
+    echo "Installing:$missing"
+    # Package names have no blanks, so $missing is split on purpose; the lists may be old or absent, then once more.
+    # shellcheck disable=SC2086
+    if ! $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $missing >/dev/null 2>&1; then
+        echo "Updating the package lists"
+        $as_root apt-get update -qq || setup_fail "The package lists could not be updated; see the lines above, then run: apt-get update"
+        # shellcheck disable=SC2086
+        $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $missing >/dev/null \
+            || setup_fail "These packages could not be installed; see the lines above, then run: apt-get install$missing"
+    fi
+}
+
+# What running offshoot takes.
+install_runtime() {
+    install_missing qemu-system-x86 e2fsprogs mmdebstrap busybox-static xz-utils
+    [ "$(id -u)" -eq 0 ] || install_missing uidmap
+}
+
+# The folder in which cargo puts what it builds with profile $1.
+profile_folder() {
+    case $1 in dev | test) echo debug ;; *) echo "$1" ;; esac
+}
+
+copy_program() {
+    mkdir -p "$offshoot_bin"
+    # By a rename, so that a program that runs is not written over.
+    cp "$1" "$offshoot_bin/.$2.new" && mv "$offshoot_bin/.$2.new" "$offshoot_bin/$2"
+}
+
+# build_agent [PROFILE]: the agent is the first program of a guest, where no library is, so it is linked statically.
+build_agent() {
+    profile=${1:-release}
+    (cd "$offshoot_source" && RUSTFLAGS="-C target-feature=+crt-static" \
+        cargo build --profile "$profile" -p offshoot-agent --target "$offshoot_target") \
+        || setup_fail "The agent could not be built; see the lines above."
+    copy_program "$offshoot_source/target/$offshoot_target/$(profile_folder "$profile")/offshoot-agent" offshoot-agent
+}
+
+# build_offshoot [PROFILE]: both programs, into $offshoot_bin.
+build_offshoot() {
+    profile=${1:-release}
+    build_agent "$profile"
+    (cd "$offshoot_source" && cargo build --profile "$profile" -p offshoot-cli) \
+        || setup_fail "offshoot could not be built; see the lines above."
+    copy_program "$offshoot_source/target/$(profile_folder "$profile")/offshoot" offshoot
+}
