@@ -214,13 +214,12 @@ fn module_name(path: &Path) -> Option<String> {
     Some(module::canonical(stem))
 }
 
+/// Modules in the order to load them, and what is in each file.
+type Ordered = (Vec<String>, BTreeMap<String, Vec<u8>>);
+
 /// The order to load `wanted` in, and the plain content of those. Reads only what it must: with `lazily`, a module is
 /// read when something needs it.
-fn order(
-    wanted: &[&str],
-    files: &BTreeMap<String, PathBuf>,
-    lazily: bool,
-) -> Result<(Vec<String>, BTreeMap<String, Vec<u8>>), KernelError> {
+fn order(wanted: &[&str], files: &BTreeMap<String, PathBuf>, lazily: bool) -> Result<Ordered, KernelError> {
     let mut needs = BTreeMap::new();
     let mut contents = BTreeMap::new();
     let mut open: Vec<String> = wanted.iter().map(|name| module::canonical(name)).collect();

@@ -81,7 +81,10 @@ pub(super) fn ensure(
     let title = format!("Installing Debian {suite} with {} packages", packages.len());
     progress(Progress::step(title.as_str()));
     let ran = mmdebstrap.run(&mut |line| {
-        if let Some(step) = line.strip_prefix("I: ") {
+        // The other lines tell where its scratch directory is, and how it ended.
+        if let Some(step) =
+            line.strip_prefix("I: ").and_then(|step| step.strip_suffix("...")).filter(|s| !s.contains('/'))
+        {
             progress(Progress::step(format!("{title}: {step}")));
         }
     });
