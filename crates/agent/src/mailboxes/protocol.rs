@@ -172,7 +172,7 @@ pub fn filled(name: &MailboxName, fork: &ForkId, payload: &[u8]) -> Option<Secre
 }
 
 fn unhex(text: &str) -> Option<mailbox::Nonce> {
-    if text.len() != 32 || !text.is_ascii() {
+    if text.len() != 32 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         return None;
     }
     let mut nonce = [0; 16];
