@@ -13,7 +13,7 @@ use thiserror::Error;
 
 use super::{
     cache::{CacheError, Entry},
-    module,
+    ext4, module,
     program::{self, Program, ProgramError},
 };
 use crate::progress::Progress;
@@ -144,7 +144,9 @@ fn download(into: &Path, package: &str, version: &str) -> Result<(), KernelError
             .args(["-q", "-o", "APT::Sandbox::User=", "download", &format!("{package}={version}")])
             .current_dir(into);
     });
-    get.output().map(|_| ()).map_err(KernelError::Download)
+    get.output().map(|_| ()).map_err(|error| {
+        ext4::out_of_room(&into.join("package")).map_or(KernelError::Download(error), KernelError::Cache)
+    })
 }
 
 /// From the package in `work` makes the entry: `vmlinuz` and `modules/NN-name.ko`.
@@ -160,7 +162,9 @@ fn unpack(work: &Path, package: &str) -> Result<PathBuf, KernelError> {
     let extract = Program::new("dpkg-deb", "dpkg").with(|command| {
         command.arg("-x").arg(&deb).arg(&tree);
     });
-    extract.output().map_err(KernelError::Unpack)?;
+    extract
+        .output()
+        .map_err(|error| ext4::out_of_room(&tree).map_or(KernelError::Unpack(error), KernelError::Cache))?;
 
     let finished = work.join("kernel");
     let modules = finished.join("modules");

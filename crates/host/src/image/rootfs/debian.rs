@@ -80,7 +80,10 @@ pub(super) fn ensure(
     });
     let title = format!("Installing Debian {suite} with {} packages", packages.len());
     progress(Progress::step(title.as_str()));
+    // Asked while it runs: at its end mmdebstrap has removed what filled the disk.
+    let mut full = None;
     let ran = mmdebstrap.run(&mut |line| {
+        full = full.take().or_else(|| ext4::out_of_room(&tar));
         // The other lines tell where its scratch directory is, and how it ended.
         if let Some(step) =
             line.strip_prefix("I: ").and_then(|step| step.strip_suffix("...")).filter(|s| !s.contains('/'))
@@ -90,8 +93,10 @@ pub(super) fn ensure(
     });
     match ran {
         Ok(_) => Ok(entry.publish(&tar)?),
-        Err(error @ ProgramError::Failed { .. }) => Err(ext4::out_of_room(&tar)
-            .map_or_else(|| RootError::Debian { suite: suite.to_owned(), source: error }, RootError::from)),
+        Err(error @ ProgramError::Failed { .. }) => Err(match full {
+            Some(full) => full.into(),
+            None => RootError::Debian { suite: suite.to_owned(), source: error },
+        }),
         Err(error) => Err(error.into()),
     }
 }
