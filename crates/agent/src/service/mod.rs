@@ -1,14 +1,86 @@
-//! Services and the warmed runtime (being written).
+//! Services and the warmed runtime.
+//!
+//! ```text
+//! Supervisor ─┬─ Unit (one service) ── thread: output → Logs, exit → restart
+//!             ├─ Runtime ──────────── thread: stderr → Logs, exit → restart
+//!             │     └─ Conversation: whoever asks (an evaluation, the keeper) writes, and reads the answer
+//!             └─ Gate: closed from prepare_quiesce until the fork knows who it is
+//! ```
+//!
+//! Every thread blocks; nothing polls, and nothing ticks while all is well.
+#![forbid(unsafe_code)]
 
-use std::{sync::Arc, time::Instant};
+mod answer;
+mod conversation;
+mod gate;
+mod log;
+mod pump;
+mod runtime;
+mod spec;
+#[cfg(test)]
+mod tests;
+mod unit;
+mod world;
 
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use guest_api::proto::{EvalError, EvalReply, WarmRequest};
 use identity::Step;
+use thiserror::Error;
 
+pub use self::{
+    log::{Follower, Logs},
+    spec::SpecError,
+};
+use self::{
+    answer::Answer,
+    conversation::NoAnswer,
+    gate::Gate,
+    runtime::{NoTurn, Report, Runtime, eval_request, identity_request, quiesce_request},
+    spec::{OnFork, Restart},
+    unit::Unit,
+    world::World,
+};
 use crate::state::{AgentState, Identity};
+
+/// Deadline of an evaluation that names none.
+const DEFAULT_EVAL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How often a runtime that dies while it warms up is tried, if the recipe wants it restarted.
+const WARM_ATTEMPTS: u32 = 3;
 
 /// Keeps the recipe's services and the runtime.
 #[derive(Debug)]
-pub struct Supervisor;
+pub struct Supervisor {
+    world: Arc<dyn World>,
+    logs: Arc<Logs>,
+    gate: Arc<Gate>,
+    kept: Mutex<Kept>,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    warmed: bool,
+    units: Vec<Arc<Unit>>,
+    runtime: Option<Arc<Runtime>>,
+}
+
+/// Why warming up failed. The text has the last output of what failed.
+#[derive(Debug, Error)]
+pub enum WarmError {
+    /// It can be done once.
+    #[error("the template was warmed before; build a new one")]
+    Again,
+    /// The request is not valid.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// A service or the runtime did not come up.
+    #[error("{0}")]
+    Start(String),
+}
 
 /// What [`Supervisor::after_thaw`] did.
 #[derive(Debug, Default)]
@@ -22,28 +94,268 @@ pub struct AfterThaw {
 impl Supervisor {
     /// A supervisor with nothing to keep yet. It is made once, at boot; `AgentState::supervisor` gives it to everyone.
     #[must_use]
-    pub fn new(_state: &Arc<AgentState>) -> Self {
-        Self
+    pub fn new(state: &Arc<AgentState>) -> Self {
+        Self::over(Arc::new(Arc::downgrade(state)))
+    }
+
+    fn over(world: Arc<dyn World>) -> Self {
+        Self { world, logs: Arc::default(), gate: Arc::default(), kept: Mutex::default() }
+    }
+
+    /// What services and the runtime wrote.
+    #[must_use]
+    pub fn logs(&self) -> &Logs {
+        &self.logs
+    }
+
+    /// Starts what the recipe says, in its order, and waits until everything is ready. Blocks; `progress` is given
+    /// lines for people.
+    ///
+    /// # Errors
+    /// [`WarmError`]. What was started before the failure still runs: the template is of no use and will be ended.
+    pub fn warm(&self, request: WarmRequest, mut progress: impl FnMut(String)) -> Result<(), WarmError> {
+        let deadline = Instant::now() + spec::timeout(request.timeout_ms, Duration::from_secs(600));
+        let services = spec::services(request.services)?;
+        let runtime = request.runtime.map(spec::Runtime::parse).transpose()?;
+        if std::mem::replace(&mut self.kept().warmed, true) {
+            return Err(WarmError::Again);
+        }
+        self.world.set_recipe_environment(request.env.into_iter().collect());
+        for service in services {
+            let (world, logs, gate) = self.shared();
+            let unit = Unit::new(service, world, logs, gate);
+            self.kept().units.push(Arc::clone(&unit));
+            if unit.spec.in_template {
+                let begun = Instant::now();
+                unit.start(deadline.min(begun + unit.spec.timeout)).map_err(WarmError::Start)?;
+                progress(format!("service {} ready in {}", unit.spec.name, seconds(begun)));
+            }
+        }
+        if let Some(spec) = runtime {
+            let (world, logs, gate) = self.shared();
+            let runtime = Runtime::new(spec, world, logs, gate);
+            Self::warm_runtime(&runtime, deadline, &mut progress)?;
+            self.kept().runtime = Some(runtime);
+        }
+        Ok(())
+    }
+
+    fn warm_runtime(
+        runtime: &Arc<Runtime>,
+        deadline: Instant,
+        progress: &mut impl FnMut(String),
+    ) -> Result<(), WarmError> {
+        let mut attempt = 1;
+        loop {
+            let begun = Instant::now();
+            match runtime.start(deadline.min(begun + runtime.spec.ready_timeout)) {
+                Ok(()) => {
+                    progress(format!("runtime ready in {}", seconds(begun)));
+                    return Ok(());
+                }
+                Err(error) if runtime.spec.restart == Restart::OnFailure && attempt < WARM_ATTEMPTS => {
+                    attempt += 1;
+                    progress(format!("{error}\nstarting the runtime again"));
+                }
+                Err(error) => return Err(WarmError::Start(error)),
+            }
+        }
     }
 
     /// Called by `keeper::quiesce` before the freeze (any thread, blocking): gets services and runtime ready for the
-    /// capture and answers with warnings for people.
+    /// capture and answers with warnings for people. From now on evaluations and restarts wait, until
+    /// [`Self::after_thaw`], [`Self::after_continue`] or, if the capture is given up, [`Self::abandon_quiesce`].
     ///
     /// # Errors
-    /// The reason why the template can not be captured.
-    pub fn prepare_quiesce(&self, _deadline: Instant) -> Result<Vec<String>, String> {
-        Ok(Vec::new())
+    /// The reason why the template can not be captured; nothing waits then.
+    pub fn prepare_quiesce(&self, deadline: Instant) -> Result<Vec<String>, String> {
+        self.gate.close();
+        let result = self.prepare(deadline);
+        if result.is_err() {
+            self.gate.open();
+        }
+        self.logs.mark_frozen();
+        result
+    }
+
+    fn prepare(&self, deadline: Instant) -> Result<Vec<String>, String> {
+        let (units, runtime) = self.parts();
+        for unit in &units {
+            unit.wait_quiet(deadline)?;
+        }
+        let Some(runtime) = runtime else { return Ok(Vec::new()) };
+        let id = runtime.next_id();
+        let report = runtime.event("quiesce", &quiesce_request(id), id, deadline)?;
+        let uncovered = report.into_iter().filter(|(name, _)| name == "uncovered");
+        Ok(uncovered.map(|(_, what)| format!("the runtime can not reseed {what} in a fork; see its log")).collect())
+    }
+
+    /// Called once the workload is frozen: what was written up to now is the template's, and no fork shows it. (Optional:
+    /// without it, what services write between `prepare_quiesce` and the freeze stands in each fork's log too.)
+    pub fn mark_frozen(&self) {
+        self.logs.mark_frozen();
+    }
+
+    /// Called if a capture is given up after [`Self::prepare_quiesce`]: everything goes on.
+    pub fn abandon_quiesce(&self) {
+        self.gate.open();
     }
 
     /// Called on the keeper's thread right after the thaw (blocking; the fork's ack waits for it): in-process events,
     /// signals, hooks, restarts, start of the services that start in forks. `identity` is also in
     /// `AgentState::identity`; `AgentState::environment` is the fork's already.
-    pub fn after_thaw(&self, _identity: &Identity) -> AfterThaw {
-        AfterThaw::default()
+    pub fn after_thaw(&self, identity: &Identity) -> AfterThaw {
+        self.logs.forget_template();
+        self.gate.new_identity();
+        let mut after = AfterThaw::default();
+        let result = self.tell(Some(identity), &mut after.steps);
+        after.failure = result.err();
+        self.gate.open();
+        after
     }
 
     /// Called instead of [`Self::after_thaw`] when a branch's source goes on with the identity it has.
     pub fn after_continue(&self) -> AfterThaw {
-        AfterThaw::default()
+        let mut after = AfterThaw::default();
+        let result = match self.world.identity() {
+            // Its randomness is refreshed all the same: there may be two of it now.
+            Some(identity) => self.tell_runtime(&identity, &mut after.steps),
+            None => Ok(()),
+        };
+        after.failure = result.err();
+        self.gate.open();
+        after
     }
+
+    fn tell(&self, identity: Option<&Identity>, steps: &mut Vec<Step>) -> Result<(), String> {
+        if let Some(identity) = identity {
+            self.tell_runtime(identity, steps)?;
+        }
+        let (units, _) = self.parts();
+        for unit in &units {
+            let begun = Instant::now();
+            let deadline = begun + unit.spec.timeout;
+            let outcome = if unit.spec.in_template {
+                match &unit.spec.on_fork {
+                    OnFork::Keep => continue,
+                    OnFork::Restart => {
+                        unit.restart(deadline)?;
+                        "restarted".to_owned()
+                    }
+                    OnFork::Signal(name, signal) => {
+                        unit.signal(*signal)?;
+                        format!("signalled-{name}")
+                    }
+                    OnFork::Hook(command) => {
+                        unit.run_hook(command, deadline)?;
+                        "hook-ran".to_owned()
+                    }
+                }
+            } else {
+                // A fork of a fork has it already.
+                unit.restart(deadline)?;
+                "started".to_owned()
+            };
+            steps.push(step(format!("service.{}", unit.spec.name), outcome, begun));
+        }
+        Ok(())
+    }
+
+    fn tell_runtime(&self, identity: &Identity, steps: &mut Vec<Step>) -> Result<(), String> {
+        let Some(runtime) = self.kept().runtime.clone() else { return Ok(()) };
+        let begun = Instant::now();
+        let id = runtime.next_id();
+        let request = identity_request(id, identity);
+        let report: Report = runtime.event("identity", &request, id, begun + runtime.spec.event_timeout)?;
+        steps.push(step("runtime".to_owned(), "told".to_owned(), begun));
+        let entry = |(name, outcome)| Step { name: format!("runtime.{name}"), outcome, micros: 0 };
+        steps.extend(report.into_iter().map(entry));
+        Ok(())
+    }
+
+    /// Evaluates code in the runtime. Blocks until the answer or the deadline (0: 60 s); evaluations run one after the
+    /// other, and the wait for one's turn counts. Any thread may call it. Failures are in the reply.
+    pub fn eval(&self, code: &str, timeout_ms: u32) -> EvalReply {
+        let deadline = Instant::now() + spec::timeout(timeout_ms, DEFAULT_EVAL_TIMEOUT);
+        let Some(runtime) = self.kept().runtime.clone() else {
+            return failure("no-runtime", "the template has no warmed runtime; build it from a recipe with [runtime]");
+        };
+        let identities = self.gate.identities();
+        let mut conversation = loop {
+            if !self.gate.wait_open(Some(deadline)) {
+                return failure("timeout", "the sandbox was being captured until the deadline");
+            }
+            match runtime.take_turn(deadline) {
+                Ok(conversation) if self.gate.is_closed() => runtime.give_back(conversation),
+                Ok(conversation) => break conversation,
+                Err(NoTurn::Late) => return failure("timeout", "other evaluations ran until the deadline"),
+                Err(NoTurn::Dead(reason)) => return failure("runtime-died", &reason),
+            }
+        };
+        if self.gate.identities() != identities {
+            // Who asked was the template's client. This fork must not do the template's work.
+            runtime.give_back(conversation);
+            return failure("timeout", "the sandbox was forked before the evaluation began");
+        }
+        let id = runtime.next_id();
+        let answer = conversation.ask(id, &eval_request(id, code), deadline);
+        if matches!(answer, Err(NoAnswer::Late | NoAnswer::Busy)) {
+            Runtime::interrupt(&conversation);
+        }
+        if answer == Err(NoAnswer::Died) {
+            return failure("runtime-died", &runtime.died(conversation));
+        }
+        runtime.give_back(conversation);
+        match answer {
+            Ok(answer) => reply(answer),
+            Err(NoAnswer::Busy) => failure("timeout", "the runtime was still busy with an evaluation that timed out"),
+            Err(NoAnswer::TooLong) => failure("too-large", "the code is longer than 4 MiB"),
+            Err(NoAnswer::Invalid(answer::AnswerError::TooDeep)) => {
+                failure("too-large", "the value is nested too deep; its repr may do")
+            }
+            Err(NoAnswer::Invalid(error)) => failure("exception", &format!("the runtime's answer is not valid: {error}")),
+            Err(NoAnswer::Late | NoAnswer::Died) => {
+                failure("timeout", "the evaluation did not end in time and was interrupted")
+            }
+        }
+    }
+
+    fn shared(&self) -> (Arc<dyn World>, Arc<Logs>, Arc<Gate>) {
+        (Arc::clone(&self.world), Arc::clone(&self.logs), Arc::clone(&self.gate))
+    }
+
+    fn parts(&self) -> (Vec<Arc<Unit>>, Option<Arc<Runtime>>) {
+        let kept = self.kept();
+        (kept.units.clone(), kept.runtime.clone())
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn reply(answer: Answer) -> EvalReply {
+    match answer {
+        Answer::Result { value, repr, stdout, stderr, .. } => {
+            EvalReply { value_json: value, repr, stdout, stderr, error: None }
+        }
+        Answer::Error { too_large, message, stack, stdout, stderr, .. } => {
+            let kind = if too_large { "too-large" } else { "exception" }.to_owned();
+            EvalReply { stdout, stderr, error: Some(EvalError { kind, message, stack }), ..EvalReply::default() }
+        }
+        Answer::Ready | Answer::Done { .. } => failure("exception", "the runtime did not answer with a result"),
+    }
+}
+
+fn failure(kind: &str, message: &str) -> EvalReply {
+    let error = EvalError { kind: kind.to_owned(), message: message.to_owned(), stack: String::new() };
+    EvalReply { error: Some(error), ..EvalReply::default() }
+}
+
+fn step(name: String, outcome: String, begun: Instant) -> Step {
+    Step { name, outcome, micros: u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX) }
+}
+
+fn seconds(begun: Instant) -> String {
+    format!("{:.1} s", begun.elapsed().as_secs_f64())
 }

@@ -1,0 +1,391 @@
+//! Reads what a runtime answers: one line, one JSON object, in which NaN, Infinity and -Infinity may stand for a number.
+//!
+//! The runtime is the workload's, so the line is hostile: it is scanned once, completely and without recursion, and the
+//! value is then passed on as the text it was.
+
+use std::collections::BTreeMap;
+
+use thiserror::Error;
+
+/// Longest line, in bytes, in both directions.
+pub(crate) const MAX_LINE: usize = 4 << 20;
+
+/// Deepest nesting. Common JSON readers refuse more than 128.
+const MAX_DEPTH: usize = 120;
+
+/// Most entries of a report that count.
+const MAX_REPORT: usize = 16;
+
+/// What a runtime said.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Answer {
+    Ready,
+    Done { id: u64, report: Vec<(String, String)> },
+    Result { id: u64, value: String, repr: String, stdout: String, stderr: String },
+    Error { id: u64, too_large: bool, message: String, stack: String, stdout: String, stderr: String },
+}
+
+/// Why a line is no answer. It does not repeat the line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub(crate) enum AnswerError {
+    #[error("the line is not UTF-8")]
+    NotText,
+    #[error("the line is not JSON at byte {0}")]
+    Malformed(usize),
+    #[error("the answer is nested deeper than {MAX_DEPTH}")]
+    TooDeep,
+    #[error("the answer's {0} is absent or of the wrong kind")]
+    Field(&'static str),
+}
+
+impl Answer {
+    pub(crate) fn parse(line: &[u8]) -> Result<Self, AnswerError> {
+        let text = str::from_utf8(line).map_err(|_| AnswerError::NotText)?;
+        let fields = scan(text)?;
+        let raw = |name: &'static str| fields.get(name).copied().ok_or(AnswerError::Field(name));
+        let string = |name| text_of(raw(name)?).ok_or(AnswerError::Field(name));
+        let optional = |name| fields.get(name).map_or(Ok(String::new()), |_| string(name));
+        let id = || raw("id")?.parse().map_err(|_| AnswerError::Field("id"));
+        match string("type")?.as_str() {
+            "ready" => Ok(Self::Ready),
+            "done" => Ok(Self::Done { id: id()?, report: fields.get("report").map_or(Ok(Vec::new()), |raw| report(raw))? }),
+            "result" => Ok(Self::Result {
+                id: id()?,
+                value: raw("value")?.to_owned(),
+                repr: optional("repr")?,
+                stdout: optional("stdout")?,
+                stderr: optional("stderr")?,
+            }),
+            "error" => Ok(Self::Error {
+                id: id()?,
+                too_large: optional("kind")? == "too-large",
+                message: string("message")?,
+                stack: optional("stack")?,
+                stdout: optional("stdout")?,
+                stderr: optional("stderr")?,
+            }),
+            _ => Err(AnswerError::Field("type")),
+        }
+    }
+
+    pub(crate) fn id(&self) -> Option<u64> {
+        match self {
+            Self::Ready => None,
+            Self::Done { id, .. } | Self::Result { id, .. } | Self::Error { id, .. } => Some(*id),
+        }
+    }
+}
+
+/// Text as a JSON string. (By hand: this is on a fork's way to its ack, where every library function is cold.)
+pub(crate) fn push_string(line: &mut String, text: &str) {
+    line.push('"');
+    for c in text.chars() {
+        match c {
+            '"' => line.push_str("\\\""),
+            '\\' => line.push_str("\\\\"),
+            '\n' => line.push_str("\\n"),
+            c if c < ' ' => {
+                line.push_str("\\u00");
+                let code = u32::from(c);
+                line.push(char::from_digit(code >> 4, 16).unwrap_or('0'));
+                line.push(char::from_digit(code & 15, 16).unwrap_or('0'));
+            }
+            c => line.push(c),
+        }
+    }
+    line.push('"');
+}
+
+fn text_of(raw: &str) -> Option<String> {
+    serde_json::from_str(raw).ok()
+}
+
+/// A report's entries, as names and outcomes that may stand in an ack.
+fn report(raw: &str) -> Result<Vec<(String, String)>, AnswerError> {
+    if !raw.starts_with('{') {
+        return Err(AnswerError::Field("report"));
+    }
+    let plain = |text: &str| -> String {
+        text.chars()
+            .map(|c| if c.is_ascii_alphanumeric() || matches!(c, '+' | '-' | '_' | '.') { c } else { '-' })
+            .take(48)
+            .collect()
+    };
+    // In the order of the names, which is as good as any other.
+    let entry = |(name, raw): (&str, &str)| {
+        let outcome = text_of(raw).unwrap_or_else(|| raw.to_owned());
+        (plain(name), plain(&outcome))
+    };
+    let usable = |(name, outcome): &(String, String)| !name.is_empty() && !outcome.is_empty();
+    Ok(scan(raw)?.into_iter().map(entry).filter(usable).take(MAX_REPORT).collect())
+}
+
+/// The members of the object that `text` is, each as its raw text. A name with an escape in it is left out: none of
+/// ours has one.
+fn scan(text: &str) -> Result<BTreeMap<&str, &str>, AnswerError> {
+    let mut scanner = Scanner { bytes: text.as_bytes(), at: 0 };
+    let mut members = BTreeMap::new();
+    scanner.spaces();
+    scanner.byte(b'{')?;
+    scanner.spaces();
+    if !scanner.skip(b'}') {
+        loop {
+            scanner.spaces();
+            let start = scanner.at;
+            scanner.string()?;
+            let name = &text[start + 1..scanner.at - 1];
+            scanner.spaces();
+            scanner.byte(b':')?;
+            scanner.spaces();
+            let start = scanner.at;
+            scanner.value()?;
+            if !name.contains('\\') && members.insert(name, &text[start..scanner.at]).is_some() {
+                return Err(AnswerError::Malformed(start));
+            }
+            scanner.spaces();
+            if !scanner.skip(b',') {
+                break;
+            }
+        }
+        scanner.byte(b'}')?;
+    }
+    scanner.spaces();
+    if scanner.at == text.len() { Ok(members) } else { Err(AnswerError::Malformed(scanner.at)) }
+}
+
+struct Scanner<'a> {
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl Scanner<'_> {
+    fn peek(&self) -> Option<u8> {
+        self.bytes.get(self.at).copied()
+    }
+
+    fn skip(&mut self, byte: u8) -> bool {
+        let there = self.peek() == Some(byte);
+        self.at += usize::from(there);
+        there
+    }
+
+    fn byte(&mut self, byte: u8) -> Result<(), AnswerError> {
+        if self.skip(byte) { Ok(()) } else { self.malformed() }
+    }
+
+    fn malformed<T>(&self) -> Result<T, AnswerError> {
+        Err(AnswerError::Malformed(self.at))
+    }
+
+    fn spaces(&mut self) {
+        while matches!(self.peek(), Some(b' ' | b'\t' | b'\r' | b'\n')) {
+            self.at += 1;
+        }
+    }
+
+    /// One value; its containers are a stack of their closing brackets.
+    fn value(&mut self) -> Result<(), AnswerError> {
+        let mut open: Vec<u8> = Vec::new();
+        loop {
+            self.spaces();
+            match self.peek() {
+                Some(bracket @ (b'{' | b'[')) => {
+                    if open.len() == MAX_DEPTH {
+                        return Err(AnswerError::TooDeep);
+                    }
+                    self.at += 1;
+                    self.spaces();
+                    let close = if bracket == b'{' { b'}' } else { b']' };
+                    if !self.skip(close) {
+                        open.push(close);
+                        self.name(close)?;
+                        continue;
+                    }
+                }
+                Some(b'"') => self.string()?,
+                Some(b't') => self.word(b"true")?,
+                Some(b'f') => self.word(b"false")?,
+                Some(b'n') => self.word(b"null")?,
+                _ => self.number()?,
+            }
+            // After a value: the ends of containers, or the next one's comma.
+            loop {
+                let Some(&close) = open.last() else { return Ok(()) };
+                self.spaces();
+                if self.skip(close) {
+                    open.pop();
+                } else {
+                    self.byte(b',')?;
+                    self.name(close)?;
+                    break;
+                }
+            }
+        }
+    }
+
+    /// In an object, a member's name and colon.
+    fn name(&mut self, close: u8) -> Result<(), AnswerError> {
+        if close == b'}' {
+            self.spaces();
+            self.string()?;
+            self.spaces();
+            self.byte(b':')?;
+        }
+        Ok(())
+    }
+
+    fn word(&mut self, word: &[u8]) -> Result<(), AnswerError> {
+        if self.bytes[self.at..].starts_with(word) {
+            self.at += word.len();
+            Ok(())
+        } else {
+            self.malformed()
+        }
+    }
+
+    fn number(&mut self) -> Result<(), AnswerError> {
+        if self.peek() == Some(b'N') {
+            return self.word(b"NaN");
+        }
+        self.skip(b'-');
+        if self.peek() == Some(b'I') {
+            return self.word(b"Infinity");
+        }
+        if !self.skip(b'0') {
+            self.digits()?;
+        }
+        if self.skip(b'.') {
+            self.digits()?;
+        }
+        if matches!(self.peek(), Some(b'e' | b'E')) {
+            self.at += 1;
+            if !self.skip(b'+') {
+                self.skip(b'-');
+            }
+            self.digits()?;
+        }
+        Ok(())
+    }
+
+    fn digits(&mut self) -> Result<(), AnswerError> {
+        let start = self.at;
+        while matches!(self.peek(), Some(b'0'..=b'9')) {
+            self.at += 1;
+        }
+        if self.at > start { Ok(()) } else { self.malformed() }
+    }
+
+    fn string(&mut self) -> Result<(), AnswerError> {
+        self.byte(b'"')?;
+        loop {
+            match self.peek() {
+                Some(b'"') => {
+                    self.at += 1;
+                    return Ok(());
+                }
+                Some(b'\\') => {
+                    self.at += 1;
+                    self.escape()?;
+                }
+                Some(byte) if byte >= b' ' => self.at += 1,
+                _ => return self.malformed(),
+            }
+        }
+    }
+
+    fn escape(&mut self) -> Result<(), AnswerError> {
+        match self.peek() {
+            Some(b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't') => {
+                self.at += 1;
+                Ok(())
+            }
+            Some(b'u') => match self.unit()? {
+                // Half a pair is no character; strict readers refuse it.
+                0xd800..=0xdbff => {
+                    self.byte(b'\\')?;
+                    if matches!(self.unit()?, 0xdc00..=0xdfff) { Ok(()) } else { self.malformed() }
+                }
+                0xdc00..=0xdfff => self.malformed(),
+                _ => Ok(()),
+            },
+            _ => self.malformed(),
+        }
+    }
+
+    fn unit(&mut self) -> Result<u32, AnswerError> {
+        self.byte(b'u')?;
+        let mut unit = 0;
+        for _ in 0..4 {
+            let digit = self.peek().and_then(|byte| char::from(byte).to_digit(16));
+            let Some(digit) = digit else { return self.malformed() };
+            unit = unit << 4 | digit;
+            self.at += 1;
+        }
+        Ok(unit)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn value(text: &str) -> Result<String, AnswerError> {
+        let line = format!(r#"{{"type":"result","id":7,"value":{text}}}"#);
+        match Answer::parse(line.as_bytes())? {
+            Answer::Result { id: 7, value, .. } => Ok(value),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn values_pass_through_as_they_are() {
+        let texts = [
+            "null", "true", "[]", "{}", "-0", "1e+9", "0.5E-3", "NaN", "Infinity", "-Infinity",
+            r#"[1, {"a": [NaN, "\u00e9\ud83d\ude00\n"]}, [[]]]"#,
+            "123456789012345678901234567890123456789012345678901234567890", "\"é\"",
+        ];
+        for text in texts {
+            assert_eq!(value(text).as_deref(), Ok(text));
+        }
+    }
+
+    #[test]
+    fn what_is_not_json_is_refused() {
+        let texts = [
+            "", "01", "+1", ".5", "1.", "1e", "nan", "-NaN", "inf", "'a'", "\"\\x\"", "\"\\ud800\"", "\"\\udc00\"",
+            "\"\\ud800\\u0041\"", "\"a\u{1}\"", "[1,]", "[1", "{\"a\"}", "{1:2}", "{\"a\":1,}", "[1}", "1 2", "\"", "tru",
+            "1}{", "1,\"id\":8",
+        ];
+        for text in texts {
+            assert!(value(text).is_err(), "{text}");
+        }
+        assert_eq!(Answer::parse(b"{\"type\":\"ready\"}\xff"), Err(AnswerError::NotText));
+        assert_eq!(Answer::parse(b"{\"type\":\"other\"}"), Err(AnswerError::Field("type")));
+        assert_eq!(Answer::parse(b"{\"type\":\"done\",\"id\":-1}"), Err(AnswerError::Field("id")));
+    }
+
+    #[test]
+    fn nesting_is_bounded_and_needs_no_stack() {
+        let deep = |n: usize| format!("{}{}", "[".repeat(n), "]".repeat(n));
+        assert!(value(&deep(MAX_DEPTH)).is_ok());
+        assert_eq!(value(&deep(MAX_DEPTH + 2)), Err(AnswerError::TooDeep));
+        assert_eq!(value(&"[".repeat(1 << 20)), Err(AnswerError::TooDeep));
+    }
+
+    #[test]
+    fn a_report_can_not_forge_fields_of_the_ack() {
+        let line = br#"{"type":"done","id":1,"report":{"numpy":"reseeded:3","x hmac=0":"a,b:c","n":4,"":"x"}}"#;
+        let Answer::Done { report, .. } = Answer::parse(line).unwrap() else { panic!() };
+        let expected = [("n", "4"), ("numpy", "reseeded-3"), ("x-hmac-0", "a-b-c")];
+        assert_eq!(report, expected.map(|(a, b)| (a.to_owned(), b.to_owned())));
+    }
+
+    #[test]
+    fn strings_are_written_so_that_they_read_the_same() {
+        let text = "a\"b\\c\nd\te\u{1}\u{1f}é😀\u{7f}";
+        let mut line = String::new();
+        push_string(&mut line, text);
+        assert_eq!(serde_json::from_str::<String>(&line).unwrap(), text);
+    }
+}

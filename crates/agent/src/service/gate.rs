@@ -1,0 +1,61 @@
+//! Holds back evaluations and restarts while the sandbox is captured and until a fork knows who it is.
+
+use std::{
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
+
+#[derive(Debug, Default)]
+pub(crate) struct Gate {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    closed: bool,
+    /// Counts identities. Who waited across one was the template's client, and is gone.
+    identities: u64,
+}
+
+impl Gate {
+    pub(crate) fn close(&self) {
+        self.lock().closed = true;
+    }
+
+    pub(crate) fn open(&self) {
+        self.lock().closed = false;
+        self.changed.notify_all();
+    }
+
+    pub(crate) fn new_identity(&self) {
+        self.lock().identities += 1;
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.lock().closed
+    }
+
+    pub(crate) fn identities(&self) -> u64 {
+        self.lock().identities
+    }
+
+    /// Waits until it is open; false at the deadline.
+    pub(crate) fn wait_open(&self, deadline: Option<Instant>) -> bool {
+        let mut state = self.lock();
+        while state.closed {
+            state = match deadline {
+                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(deadline) => {
+                    let Some(left) = deadline.checked_duration_since(Instant::now()) else { return false };
+                    self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        }
+        true
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

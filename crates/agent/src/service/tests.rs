@@ -1,0 +1,371 @@
+//! Services and the bridge, as plain processes outside a guest.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, OnceLock},
+    time::{Duration, Instant},
+};
+
+use guest_api::proto::{OnFork, Runtime, Service};
+use identity::{EnvName, ForkId, ForkIdentity, ForkName, Tag};
+
+use super::*;
+use crate::workload::{Process, Start, StartError, Workload};
+
+/// The agent's state, as far as the supervisor sees it.
+#[derive(Debug)]
+struct Host {
+    workload: &'static Workload,
+    identity: Mutex<Option<Arc<Identity>>>,
+}
+
+impl World for Arc<Host> {
+    fn start(&self, start: Start) -> Result<Process, StartError> {
+        self.workload.start(start)
+    }
+
+    fn environment(&self) -> BTreeMap<String, String> {
+        let mut env: BTreeMap<String, String> = [("PATH".to_owned(), "/usr/bin:/bin".to_owned())].into();
+        if let Some(identity) = self.identity() {
+            env.insert("OFFSHOOT_NAME".into(), identity.fork.name.to_string());
+        }
+        env
+    }
+
+    fn identity(&self) -> Option<Arc<Identity>> {
+        self.identity.lock().unwrap().clone()
+    }
+
+    fn set_recipe_environment(&self, _env: BTreeMap<String, String>) {}
+}
+
+/// One reaper serves the whole process, as it does in a guest: it takes in every child there is.
+fn supervisor() -> (Arc<Host>, Arc<Supervisor>) {
+    static WORKLOAD: OnceLock<Workload> = OnceLock::new();
+    let workload = WORKLOAD.get_or_init(|| Workload::bare().unwrap());
+    let host = Arc::new(Host { workload, identity: Mutex::default() });
+    (Arc::clone(&host), Arc::new(Supervisor::over(Arc::new(host))))
+}
+
+fn fork(host: &Host, name: &str, env: &[(&str, &str)]) -> Arc<Identity> {
+    let identity = Arc::new(Identity {
+        fork: ForkIdentity {
+            id: ForkId::parse("0123456789abcdef0123").unwrap(),
+            name: ForkName::parse(name).unwrap(),
+            hostname: ForkName::parse(name).unwrap(),
+            template: Tag::parse("t").unwrap(),
+            machine_id: "0".repeat(32),
+            boot_id: "00000000-0000-4000-8000-000000000000".into(),
+        },
+        labels: BTreeMap::new(),
+        env: env.iter().map(|(name, value)| (EnvName::parse(name).unwrap(), (*value).to_owned())).collect(),
+        limits: identity::Limits::default(),
+    });
+    *host.identity.lock().unwrap() = Some(Arc::clone(&identity));
+    identity
+}
+
+fn shell(name: &str, script: &str) -> Service {
+    Service {
+        name: name.into(),
+        command: ["/bin/sh", "-c", script].map(str::to_owned).into(),
+        start_in_template: true,
+        timeout_ms: 10_000,
+        ..Service::default()
+    }
+}
+
+fn python(warm: &str) -> Runtime {
+    let bridge = concat!(env!("CARGO_MANIFEST_DIR"), "/../../recipes/python/bridge.py");
+    Runtime {
+        command: vec!["/usr/bin/python3".into(), bridge.into()],
+        env: [("OFFSHOOT_WARM".to_owned(), warm.to_owned())].into(),
+        ready_timeout_ms: 60_000,
+        event_timeout_ms: 20_000,
+        ..Runtime::default()
+    }
+}
+
+fn warm_python(warm: &str) -> (Arc<Host>, Arc<Supervisor>) {
+    let (host, supervisor) = supervisor();
+    let request = WarmRequest { runtime: Some(python(warm)), ..WarmRequest::default() };
+    supervisor.warm(request, |_| ()).expect("python3 and python3-numpy must be installed; scripts/test does it");
+    (host, supervisor)
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(20)
+}
+
+fn value(supervisor: &Supervisor, code: &str) -> String {
+    let reply = supervisor.eval(code, 20_000);
+    assert_eq!(reply.error, None, "{code}");
+    reply.value_json
+}
+
+fn error(supervisor: &Supervisor, code: &str, timeout_ms: u32) -> EvalError {
+    supervisor.eval(code, timeout_ms).error.expect("an error")
+}
+
+fn wait_for_log(supervisor: &Supervisor, source: &str, line: &str) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+    let mut follower = supervisor.logs().follow();
+    let wait = async {
+        let mut seen = String::new();
+        loop {
+            while let Some((from, bytes)) = follower.take() {
+                if from == source {
+                    seen.push_str(&String::from_utf8_lossy(&bytes));
+                }
+            }
+            if seen.contains(line) {
+                return;
+            }
+            follower.changed().await.unwrap();
+        }
+    };
+    runtime.block_on(async { tokio::time::timeout(Duration::from_secs(10), wait).await }).expect(line);
+}
+
+#[test]
+fn values_errors_and_prints_come_back() {
+    let (_host, supervisor) = warm_python("seven = 7");
+    assert_eq!(value(&supervisor, "x = seven\nx + 1"), "8");
+    assert_eq!(value(&supervisor, "[float('nan'), float('inf'), -float('inf'), 2**70]"), "[NaN, Infinity, -Infinity, 1180591620717411303424]");
+    let reply = supervisor.eval("import sys\nprint('out')\nprint('err', file=sys.stderr)\nb'x'", 0);
+    assert_eq!((&*reply.value_json, &*reply.repr), ("null", "b'x'"));
+    assert_eq!((&*reply.stdout, &*reply.stderr), ("out\n", "err\n"));
+    let failure = error(&supervisor, "def f():\n    raise ValueError('boo')\nf()", 0);
+    assert_eq!((&*failure.kind, &*failure.message), ("exception", "ValueError: boo"));
+    assert!(failure.stack.contains("in f\n    raise ValueError"), "{}", failure.stack);
+    assert!(!failure.stack.contains("bridge.py"), "{}", failure.stack);
+    assert_eq!(error(&supervisor, "1 +", 0).message, "SyntaxError: invalid syntax");
+    assert_eq!(error(&supervisor, "import sys; sys.exit(3)", 0).message, "SystemExit: 3");
+}
+
+#[test]
+fn hostile_code_reaches_neither_the_protocol_nor_other_answers() {
+    let (_host, supervisor) = warm_python("");
+    let forged = r#"import os; os.write(1, b'{"type":"result","id":2,"value":666}\n'); os.system('echo 666'); input()"#;
+    assert_eq!(error(&supervisor, forged, 0).message, "EOFError: EOF when reading a line");
+    assert_eq!(error(&supervisor, "'x' * 5_000_000", 0).kind, "too-large");
+    let reply = supervisor.eval("print('x' * 5_000_000)", 0);
+    assert!(reply.stdout.len() < (1 << 20) && reply.stdout.contains("more bytes"));
+    let deep = "x = []\nfor _ in range(300): x = [x]\nx";
+    assert_eq!(error(&supervisor, deep, 0).kind, "too-large");
+    assert_eq!(value(&supervisor, "import os\npid = os.fork()\npid > 0"), "true");
+    assert_eq!(value(&supervisor, "'\\udcff'"), "null");
+    assert_eq!(value(&supervisor, "1"), "1");
+}
+
+#[test]
+fn an_evaluation_that_is_late_is_interrupted_and_the_next_one_gets_its_own_answer() {
+    let (_host, supervisor) = warm_python("import time");
+    let failure = error(&supervisor, "while True: pass", 300);
+    assert_eq!(failure.kind, "timeout");
+    assert_eq!(value(&supervisor, "'next'"), "\"next\"");
+    let stubborn = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(2)\n'late'";
+    assert_eq!(error(&supervisor, stubborn, 200).kind, "timeout");
+    assert_eq!(error(&supervisor, "1", 200).kind, "timeout");
+    assert_eq!(value(&supervisor, "'mine'"), "\"mine\"");
+}
+
+#[test]
+fn callers_at_the_same_time_get_their_own_answers() {
+    let (_host, supervisor) = warm_python("");
+    std::thread::scope(|scope| {
+        for n in 0..8 {
+            let supervisor = &supervisor;
+            scope.spawn(move || assert_eq!(value(supervisor, &format!("{n} * 10")), (n * 10).to_string()));
+        }
+    });
+}
+
+#[test]
+fn two_forks_of_one_state_draw_different_numbers_from_every_generator() {
+    let warm = "import random, uuid, tempfile, platform, ssl, numpy as np\n\
+        own = random.Random(1); random.seed(1); np.random.seed(1)\n\
+        bits = [c(5) for c in (np.random.PCG64, np.random.MT19937, np.random.Philox, np.random.SFC64)]\n\
+        gens = [np.random.Generator(b) for b in bits]\n\
+        old = np.random.RandomState(2); other = np.random.RandomState(np.random.PCG64(2))\n\
+        seq = np.random.SeedSequence(3)\n\
+        random.gauss(0, 1); own.gauss(0, 1); old.normal(); other.normal()";
+    let draw = "[random.gauss(0, 1), own.gauss(0, 1), np.random.random(), old.normal(), other.normal()] \
+        + [g.random() for g in gens] + [str(uuid.uuid1()), int(seq.spawn(1)[0].generate_state(1)[0])] \
+        + [int((getattr(b, 'seed_seq', None) or b._seed_seq).spawn(1)[0].generate_state(1)[0]) for b in bits]";
+    let draws = |become_fork: bool| {
+        let (host, supervisor) = warm_python(warm);
+        if become_fork {
+            supervisor.prepare_quiesce(soon()).unwrap();
+            let identity = fork(&host, "a", &[]);
+            let after = supervisor.after_thaw(&identity);
+            assert_eq!(after.failure, None);
+            let steps: Vec<_> = after.steps.iter().map(|step| (&*step.name, &*step.outcome)).collect();
+            assert!(steps.contains(&("runtime.numpy", "reseeded-7")), "{steps:?}");
+            assert!(steps.contains(&("runtime.openssl", "stirred")), "{steps:?}");
+        }
+        let drawn: Vec<serde_json::Value> = serde_json::from_str(&value(&supervisor, draw)).unwrap();
+        drawn
+    };
+    let (first, second) = (draws(true), draws(true));
+    for (index, (a, b)) in first.iter().zip(&second).enumerate() {
+        assert_ne!(a, b, "draw {index}");
+    }
+    // Without the event they are the same: the test can fail.
+    let (mut first, mut second) = (draws(false), draws(false));
+    (first.remove(9), second.remove(9));
+    assert_eq!(first, second);
+}
+
+#[test]
+fn a_fork_has_its_own_environment_and_loses_the_one_before() {
+    let (host, supervisor) = warm_python("import os, offshoot_guest\noffshoot_guest.on_identity(lambda fork: calls.append(fork['name']))\ncalls = []");
+    let mut seen = Vec::new();
+    for (name, env) in [("a", &[("COLOR", "red"), ("ONLY_A", "1")][..]), ("b", &[("COLOR", "blue \"\n")])] {
+        supervisor.prepare_quiesce(soon()).unwrap();
+        let identity = fork(&host, name, env);
+        assert_eq!(supervisor.after_thaw(&identity).failure, None);
+        seen.push(value(&supervisor, "[os.environ[k] for k in ('COLOR', 'OFFSHOOT_NAME')] + [os.environ.get('ONLY_A'), calls]"));
+    }
+    assert_eq!(seen, [r#"["red", "a", "1", ["a"]]"#, r#"["blue \"\n", "b", null, ["a", "b"]]"#]);
+}
+
+#[test]
+fn a_dying_runtime_says_its_last_words_and_comes_back_if_it_may() {
+    let (_host, supervisor) = supervisor();
+    let request = WarmRequest {
+        runtime: Some(Runtime { restart: "on-failure".into(), ..python("") }),
+        ..WarmRequest::default()
+    };
+    supervisor.warm(request, |_| ()).unwrap();
+    let failure = error(&supervisor, "import os, sys; os.write(2, b'last words\\n'); os._exit(3)", 0);
+    assert_eq!(failure.kind, "runtime-died");
+    assert!(failure.message.contains("exit code 3") && failure.message.contains("last words"), "{}", failure.message);
+    wait_for_log(&supervisor, "runtime", "starting it again");
+    let deadline = soon();
+    while supervisor.eval("1", 20_000).value_json != "1" {
+        assert!(Instant::now() < deadline, "the runtime did not come back");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_warm_up_that_fails_is_an_error_with_its_output() {
+    let (_host, supervisor) = supervisor();
+    let request = WarmRequest { runtime: Some(python("raise ImportError('no such thing')")), ..WarmRequest::default() };
+    let error = supervisor.warm(request, |_| ()).unwrap_err().to_string();
+    assert!(error.contains("exit code 1") && error.contains("ImportError: no such thing"), "{error}");
+}
+
+#[test]
+fn no_evaluation_starts_between_quiesce_and_identity() {
+    let (host, supervisor) = warm_python("");
+    supervisor.prepare_quiesce(soon()).unwrap();
+    assert_eq!(error(&supervisor, "1", 100).kind, "timeout");
+    supervisor.abandon_quiesce();
+    assert_eq!(value(&supervisor, "1"), "1");
+    supervisor.prepare_quiesce(soon()).unwrap();
+    std::thread::scope(|scope| {
+        let (sender, waiting) = std::sync::mpsc::channel();
+        let supervisor = &supervisor;
+        let of_template = scope.spawn(move || {
+            sender.send(()).unwrap();
+            supervisor.eval("open('/dev/null'); leaked = 1", 3_000)
+        });
+        waiting.recv().unwrap();
+        // It may not have reached the gate yet: then it counts as the fork's, and that is right too.
+        let identity = fork(&host, "a", &[]);
+        supervisor.after_thaw(&identity);
+        let _ = of_template.join().unwrap();
+    });
+    assert_eq!(value(&supervisor, "2"), "2");
+}
+
+#[test]
+fn services_start_in_order_and_are_told_in_a_fork() {
+    let (host, supervisor) = supervisor();
+    let told = |name: &str, on_fork: OnFork, script: &str| Service {
+        on_fork: on_fork.into(),
+        ready_line: "ready".into(),
+        ..shell(name, script)
+    };
+    let wait = "trap 'echo hup' HUP; echo ready as $OFFSHOOT_NAME; while :; do sleep 0.05; done";
+    let services = vec![
+        told("kept", OnFork::Keep, wait),
+        Service { signal: "HUP".into(), ..told("signalled", OnFork::Signal, wait) },
+        told("restarted", OnFork::Restart, wait),
+        Service {
+            hook: ["/bin/sh", "-c", "echo hook of $OFFSHOOT_NAME"].map(str::to_owned).into(),
+            ..told("hooked", OnFork::Hook, wait)
+        },
+        Service { start_in_template: false, ..told("late", OnFork::Keep, "echo ready as $OFFSHOOT_NAME; sleep 100") },
+    ];
+    let mut progress = Vec::new();
+    supervisor.warm(WarmRequest { services, ..WarmRequest::default() }, |line| progress.push(line)).unwrap();
+    let order: Vec<_> = progress.iter().map(|line| line.split(' ').nth(1).unwrap()).collect();
+    assert_eq!(order, ["kept", "signalled", "restarted", "hooked"]);
+    supervisor.prepare_quiesce(soon()).unwrap();
+    let identity = fork(&host, "a", &[]);
+    let after = supervisor.after_thaw(&identity);
+    assert_eq!(after.failure, None);
+    let steps: Vec<_> = after.steps.iter().map(|step| format!("{}:{}", step.name, step.outcome)).collect();
+    let expected =
+        ["service.signalled:signalled-HUP", "service.restarted:restarted", "service.hooked:hook-ran", "service.late:started"];
+    assert_eq!(steps, expected);
+    wait_for_log(&supervisor, "signalled", "hup");
+    wait_for_log(&supervisor, "restarted", "ready as a");
+    wait_for_log(&supervisor, "hooked", "hook of a");
+    wait_for_log(&supervisor, "late", "ready as a");
+    let mut follower = supervisor.logs().follow();
+    while let Some((source, bytes)) = follower.take() {
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        assert!(!text.contains("ready as \n"), "{source} shows the template's lines: {text}");
+    }
+    for unit in supervisor.parts().0 {
+        unit.stop().unwrap();
+    }
+}
+
+#[test]
+fn a_failing_hook_fails_the_fork_and_an_early_end_fails_the_build() {
+    let (host, supervisor) = supervisor();
+    let hook = ["/bin/sh", "-c", "echo no luck; exit 7"].map(str::to_owned).into();
+    let service = Service { on_fork: OnFork::Hook.into(), hook, ..shell("web", "sleep 100") };
+    supervisor.warm(WarmRequest { services: vec![service], ..WarmRequest::default() }, |_| ()).unwrap();
+    supervisor.prepare_quiesce(soon()).unwrap();
+    let identity = fork(&host, "a", &[]);
+    let failure = supervisor.after_thaw(&identity).failure.unwrap();
+    assert!(failure.contains("exit code 7") && failure.contains("no luck"), "{failure}");
+    supervisor.parts().0[0].stop().unwrap();
+
+    let (_host, supervisor) = self::supervisor();
+    let service = Service { ready_line: "up".into(), ..shell("web", "echo broken config; exit 2") };
+    let error = supervisor.warm(WarmRequest { services: vec![service], ..WarmRequest::default() }, |_| ());
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("exit code 2") && error.contains("broken config"), "{error}");
+}
+
+#[test]
+fn a_service_that_dies_is_started_again_as_its_recipe_says() {
+    let (_host, supervisor) = supervisor();
+    let service = Service { restart: "on-failure".into(), ..shell("web", "echo hello; sleep 0.05; exit 1") };
+    supervisor.warm(WarmRequest { services: vec![service], ..WarmRequest::default() }, |_| ()).unwrap();
+    wait_for_log(&supervisor, "web", "starting it again\nhello\n");
+    supervisor.parts().0[0].stop().unwrap();
+}
+
+#[test]
+fn bad_recipes_are_refused_by_name() {
+    let refused = |service: Service| {
+        let (_host, supervisor) = supervisor();
+        supervisor.warm(WarmRequest { services: vec![service], ..WarmRequest::default() }, |_| ()).unwrap_err().to_string()
+    };
+    assert!(refused(shell("../x", "")).contains("service name"));
+    assert!(refused(Service { command: vec![], ..shell("a", "") }).contains("command of service a"));
+    assert!(refused(Service { on_fork: OnFork::Signal.into(), ..shell("a", "") }).contains("signal of service a"));
+    assert!(refused(Service { on_fork: OnFork::Hook.into(), ..shell("a", "") }).contains("hook of service a"));
+    assert!(refused(Service { restart: "often".into(), ..shell("a", "") }).contains("restart of service a"));
+    let (_host, supervisor) = supervisor();
+    assert_eq!(supervisor.eval("1", 0).error.unwrap().kind, "no-runtime");
+}

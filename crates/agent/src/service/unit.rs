@@ -1,0 +1,310 @@
+//! One service: its process, its readiness, and what happens when it ends.
+
+use std::{
+    os::fd::OwnedFd,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::process::Signal;
+
+use super::{
+    gate::Gate,
+    log::Logs,
+    pump::{Ended, Pump},
+    spec::Service,
+    world::{World, environment, output_pipe},
+};
+use crate::workload::{Console, Process, Program, Start};
+
+/// The first pause before a restart; each further one doubles, up to [`LONGEST_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// A process that ran this long has earned a short pause again.
+const LONG_LIFE: Duration = Duration::from_secs(30);
+
+pub(crate) fn next_pause(pause: Duration, lived: Duration) -> Duration {
+    if lived >= LONG_LIFE { FIRST_PAUSE } else { (pause * 2).min(LONGEST_PAUSE) }
+}
+
+pub(crate) fn first_pause() -> Duration {
+    FIRST_PAUSE
+}
+
+#[derive(Debug)]
+pub(crate) struct Unit {
+    pub(crate) spec: Service,
+    world: Arc<dyn World>,
+    logs: Arc<Logs>,
+    gate: Arc<Gate>,
+    state: Mutex<State>,
+    changed: Condvar,
+    this: Weak<Self>,
+}
+
+#[derive(Debug)]
+struct State {
+    status: Status,
+    /// Counts processes. A thread that minds an older one has nothing to say any more.
+    life: u64,
+    process: Option<Arc<Process>>,
+    /// Where in the log this life begins.
+    log_start: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Status {
+    NotStarted,
+    Starting,
+    Ready,
+    Ended(String),
+}
+
+/// A process that was started and its output.
+struct Life {
+    number: u64,
+    process: Arc<Process>,
+    output: OwnedFd,
+}
+
+impl Unit {
+    pub(crate) fn new(spec: Service, world: Arc<dyn World>, logs: Arc<Logs>, gate: Arc<Gate>) -> Arc<Self> {
+        Arc::new_cyclic(|this| Self {
+            spec,
+            world,
+            logs,
+            gate,
+            state: Mutex::new(State { status: Status::NotStarted, life: 0, process: None, log_start: 0 }),
+            changed: Condvar::new(),
+            this: this.clone(),
+        })
+    }
+
+    /// Starts it and waits until it is ready.
+    pub(crate) fn start(&self, deadline: Instant) -> Result<(), String> {
+        let life = self.launch()?;
+        let Some(this) = self.this.upgrade() else { return Err("the agent ends".into()) };
+        let number = life.number;
+        thread::Builder::new()
+            .name(format!("svc-{}", self.spec.name).chars().take(15).collect())
+            .stack_size(256 << 10)
+            .spawn(move || this.mind(life))
+            .map_err(|error| format!("no thread for service {}: {error}", self.spec.name))?;
+        if self.spec.ready_line.is_empty() {
+            // Ready the moment it started, even if it has done its work already.
+            return Ok(());
+        }
+        self.wait_settled(number, deadline)
+    }
+
+    /// Ends it and everything it started, and starts it again.
+    pub(crate) fn restart(&self, deadline: Instant) -> Result<(), String> {
+        self.stop()?;
+        self.start(deadline)
+    }
+
+    pub(crate) fn stop(&self) -> Result<(), String> {
+        let process = {
+            let mut state = self.lock();
+            state.life += 1;
+            state.process.take()
+        };
+        self.changed.notify_all();
+        match process {
+            Some(process) => {
+                process.kill_tree().map_err(|error| format!("service {} could not be ended: {error}", self.spec.name))
+            }
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) -> Result<(), String> {
+        let (process, status) = {
+            let state = self.lock();
+            (state.process.clone(), state.status.clone())
+        };
+        let name = &self.spec.name;
+        match (process, status) {
+            (_, Status::Ended(how)) => Err(format!("service {name} can not be signalled: it {how}")),
+            (Some(process), _) => {
+                process.signal(signal).map_err(|error| format!("service {name} could not be signalled: {error}"))
+            }
+            (None, _) => Err(format!("service {name} can not be signalled: it does not run")),
+        }
+    }
+
+    /// Waits until it is not in the middle of a start.
+    pub(crate) fn wait_quiet(&self, deadline: Instant) -> Result<(), String> {
+        let number = self.lock().life;
+        match self.wait_settled(number, deadline) {
+            // That it ended is not the capture's business.
+            Err(_) if Instant::now() < deadline => Ok(()),
+            other => other,
+        }
+    }
+
+    fn launch(&self) -> Result<Life, String> {
+        let name = &self.spec.name;
+        let failed = |error: &dyn std::fmt::Display| format!("service {name} could not be started: {error}");
+        let (output, theirs) = output_pipe().map_err(|error| failed(&error))?;
+        let second = theirs.try_clone().map_err(|error| failed(&error))?;
+        let start = Start {
+            group: format!("service-{name}"),
+            program: Program::Command(self.spec.command.clone()),
+            env: environment(&*self.world, &self.spec.env),
+            workdir: self.spec.workdir.clone(),
+            user: self.spec.user.clone(),
+            console: Console::Pipes([None, Some(theirs), Some(second)]),
+        };
+        let mut state = self.lock();
+        state.life += 1;
+        state.status = Status::Starting;
+        state.log_start = self.logs.position(name);
+        let process = match self.world.start(start) {
+            Ok(process) => Arc::new(process),
+            Err(error) => {
+                state.status = Status::Ended(format!("could not be started: {error}"));
+                self.changed.notify_all();
+                return Err(failed(&error));
+            }
+        };
+        state.process = Some(Arc::clone(&process));
+        if self.spec.ready_line.is_empty() {
+            state.status = Status::Ready;
+        }
+        Ok(Life { number: state.life, process, output })
+    }
+
+    /// Minds one process after the other until the service is ended for good.
+    fn mind(&self, mut life: Life) {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let begun = Instant::now();
+            let mut pump = Pump::new(&self.logs, &self.spec.name, &life.output);
+            pump.until_exit(&life.process, None, || self.look_for_ready_line(life.number));
+            let exit = life.process.wait();
+            let again = self.spec.restart.applies(exit.success());
+            {
+                let mut state = self.lock();
+                if state.life != life.number {
+                    return;
+                }
+                state.status = Status::Ended(format!("ended with exit code {}", exit.code()));
+                state.process = None;
+                self.changed.notify_all();
+            }
+            if !again {
+                // A service may have gone into the background; somebody must read what it writes.
+                pump.until_end();
+                return;
+            }
+            self.logs.note(&self.spec.name, &format!("ended with exit code {}; starting it again", exit.code()));
+            let _ = life.process.kill_tree();
+            loop {
+                if !self.pause(life.number, pause) {
+                    return;
+                }
+                pause = next_pause(pause, begun.elapsed());
+                match self.launch() {
+                    Ok(next) => {
+                        life = next;
+                        break;
+                    }
+                    Err(error) => {
+                        life.number = self.lock().life;
+                        self.logs.note(&self.spec.name, &error);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Waits before a restart, and while the sandbox is captured; false if the service was started or ended meanwhile.
+    fn pause(&self, number: u64, pause: Duration) -> bool {
+        let until = Instant::now() + pause;
+        let mut state = self.lock();
+        while let Some(left) = until.checked_duration_since(Instant::now()) {
+            if state.life != number {
+                return false;
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        drop(state);
+        self.gate.wait_open(None);
+        self.lock().life == number
+    }
+
+    fn look_for_ready_line(&self, number: u64) {
+        let mut state = self.lock();
+        if state.life == number
+            && state.status == Status::Starting
+            && self.logs.has_line(&self.spec.name, state.log_start, &self.spec.ready_line)
+        {
+            state.status = Status::Ready;
+            self.changed.notify_all();
+        }
+    }
+
+    fn wait_settled(&self, number: u64, deadline: Instant) -> Result<(), String> {
+        let name = &self.spec.name;
+        let mut state = self.lock();
+        loop {
+            if state.life != number {
+                return Err(format!("service {name} was started again meanwhile"));
+            }
+            let tail = || said(&self.logs.tail(name, state.log_start));
+            match &state.status {
+                Status::NotStarted | Status::Ready => return Ok(()),
+                Status::Ended(how) => return Err(format!("service {name} {how} before it was ready{}", tail())),
+                Status::Starting => {}
+            }
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+                let line = &self.spec.ready_line;
+                return Err(format!("service {name} did not write {line:?} in time{}", tail()));
+            };
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Runs the service's hook in the fork.
+    pub(crate) fn run_hook(&self, command: &[String], deadline: Instant) -> Result<(), String> {
+        let name = &self.spec.name;
+        let failed = |error: &dyn std::fmt::Display| format!("the hook of service {name} could not be run: {error}");
+        let (output, theirs) = output_pipe().map_err(|error| failed(&error))?;
+        let second = theirs.try_clone().map_err(|error| failed(&error))?;
+        let log_start = self.logs.position(name);
+        let process = self
+            .world
+            .start(Start {
+                group: format!("hook-{name}"),
+                program: Program::Command(command.to_vec()),
+                env: environment(&*self.world, &self.spec.env),
+                workdir: self.spec.workdir.clone(),
+                user: self.spec.user.clone(),
+                console: Console::Pipes([None, Some(theirs), Some(second)]),
+            })
+            .map_err(|error| failed(&error))?;
+        let ended = Pump::new(&self.logs, name, &output).until_exit(&process, Some(deadline), || ());
+        let problem = match ended {
+            Ended::Exit if process.wait().success() => None,
+            Ended::Exit => Some(format!("failed with exit code {}", process.wait().code())),
+            Ended::Deadline => Some("did not end in time".to_owned()),
+        };
+        // Also what it left in the background: a hook is not a service.
+        let _ = process.kill_tree();
+        match problem {
+            None => Ok(()),
+            Some(how) => Err(format!("the hook of service {name} {how}{}", said(&self.logs.tail(name, log_start)))),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Last output, as the end of an error.
+pub(crate) fn said(tail: &str) -> String {
+    if tail.is_empty() { "; it wrote nothing".to_owned() } else { format!("; it last wrote:\n{tail}") }
+}

@@ -1,0 +1,510 @@
+"""The warmed Python of a fork: answers `eval`, and becomes itself when the agent says who it is.
+
+The agent speaks with it in lines of JSON over standard input and output; docs/recipes.md describes them. The bridge
+takes both for itself: user code finds an empty standard input, and what it prints is part of the answer while it
+runs, and goes to the log of the runtime otherwise.
+
+Everything that happens at the `identity` event is on the critical path of a fork. The work is done before, at
+`quiesce`: that finds every generator, and rehearses the event. The event itself imports nothing and searches nothing.
+"""
+
+import ast
+import gc
+import io
+import json
+import linecache
+import os
+import random
+import signal
+import sys
+import traceback
+import types
+
+LINE_LIMIT = 4 << 20  # bytes, both directions; the agent refuses more
+OUTPUT_LIMIT = 512 << 10  # of each captured stream
+TEXT_LIMIT = 64 << 10  # of repr, message and stack
+ARRAY_LIMIT = 1_000_000  # elements of one numpy array that is answered as a value
+
+PID = os.getpid()
+HERE = __file__
+
+
+# --- the protocol ----------------------------------------------------------------------------------------------------
+
+
+def take_standard_streams():
+    """Moves the protocol to private descriptors that no child inherits; returns (input, output)."""
+    import fcntl
+
+    source = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 200)
+    target = fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 200)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    os.dup2(2, 1)
+    return source, target
+
+
+class Lines:
+    """Whole lines from a descriptor."""
+
+    def __init__(self, descriptor):
+        self.descriptor = descriptor
+        self.pending = b""
+
+    def next(self):
+        """The next line without its end, or None at the end of input or after a line over the limit."""
+        while True:
+            line, end, rest = self.pending.partition(b"\n")
+            if end:
+                self.pending = rest
+                return line
+            if len(self.pending) > LINE_LIMIT:
+                return None
+            more = os.read(self.descriptor, 1 << 16)
+            if not more:
+                return None
+            self.pending += more
+
+
+def send(descriptor, data):
+    view = memoryview(data + b"\n")
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+# --- what user code prints -------------------------------------------------------------------------------------------
+
+
+class Output(io.RawIOBase):
+    """The raw end of sys.stdout or sys.stderr: into the answer while an evaluation runs, into the log otherwise."""
+
+    def __init__(self, descriptor):
+        self.descriptor = descriptor
+        self.captured = None
+        self.lost = 0
+
+    def writable(self):
+        return True
+
+    def fileno(self):
+        return self.descriptor
+
+    def write(self, data):
+        captured = self.captured
+        size = len(data)
+        if captured is None:
+            return os.write(self.descriptor, data)
+        room = OUTPUT_LIMIT - len(captured)
+        if size > room:
+            self.lost += size - max(room, 0)
+            data = bytes(data)[: max(room, 0)]
+        captured += data
+        return size
+
+    def start(self):
+        self.captured, self.lost = bytearray(), 0
+
+    def stop(self):
+        captured, self.captured = self.captured, None
+        text = captured.decode("utf-8", "backslashreplace")
+        if self.lost:
+            text += "\n[%d more bytes were printed]\n" % self.lost
+        return text
+
+
+def text_stream(raw):
+    return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace", write_through=True)
+
+
+RAW_OUT, RAW_ERR = Output(1), Output(2)
+STDOUT, STDERR = text_stream(RAW_OUT), text_stream(RAW_ERR)
+
+
+def flush():
+    for stream in (STDOUT, STDERR):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            pass  # user code closed it: what it held is gone
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+class TooLarge(Exception):
+    """The value does not fit into an answer."""
+
+
+def json_form(value):
+    """Numpy's scalars and arrays as Python's; anything else has no JSON form."""
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        if getattr(value, "size", 1) > ARRAY_LIMIT:
+            raise TooLarge("an array of %d elements; at most %d can be answered" % (value.size, ARRAY_LIMIT))
+        return value.tolist()
+    raise TypeError
+
+
+# NaN and the infinities stay as they are: JSON has no word for them, and null would be a lie.
+ENCODE = json.JSONEncoder(ensure_ascii=False, default=json_form).encode
+ENCODE_TEXT = json.JSONEncoder(ensure_ascii=True).encode
+
+
+def clean(text, limit):
+    """Text that has a UTF-8 form, cut to a limit."""
+    if len(text) > limit:
+        text = text[:limit] + "…"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def describe(value):
+    try:
+        return clean(repr(value), TEXT_LIMIT)
+    except Exception as error:
+        return "<%s without repr: %s>" % (type(value).__name__, type(error).__name__)
+
+
+def value_json(value):
+    try:
+        text = ENCODE(value)
+        text.encode("utf-8")
+        return text
+    except TooLarge:
+        raise
+    except Exception:
+        return "null"  # no JSON form: its repr speaks for it
+
+
+class Interruptible:
+    """Whether SIGINT may raise KeyboardInterrupt: only while user code runs, never in the bridge itself."""
+
+    now = False
+
+
+def on_interrupt(_number, _frame):
+    if Interruptible.now:
+        raise KeyboardInterrupt("the request was interrupted")
+
+
+def run(code, name, scope):
+    """Executes code; returns (has a value, the value of its last expression)."""
+    tree = ast.parse(code, name, "exec")
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    Interruptible.now = True
+    try:
+        if tree.body:
+            exec(compile(tree, name, "exec", dont_inherit=True), scope)
+        if last is None:
+            return False, None
+        return True, eval(compile(ast.Expression(last.value), name, "eval", dont_inherit=True), scope)
+    finally:
+        Interruptible.now = False
+
+
+def failure(error, name, code):
+    """(message, stack) of an exception; the stack shows the user's frames only."""
+    if len(linecache.cache) > 500:
+        linecache.cache.clear()
+    linecache.cache[name] = (len(code), None, code.splitlines(True), name)
+    try:
+        frames = error.__traceback__
+        while frames is not None and frames.tb_frame.f_code.co_filename == HERE:
+            frames = frames.tb_next
+        if isinstance(error, SyntaxError) and error.filename == name:
+            frames = None
+        kind = type(error)
+        message = "".join(traceback.format_exception_only(kind, error)).strip()
+        if isinstance(error, SyntaxError):
+            message = message.splitlines()[-1]
+        stack = "".join(traceback.format_exception(kind, error, frames))
+    except Exception:
+        message = stack = type(error).__name__
+    return clean(message, TEXT_LIMIT), clean(stack, TEXT_LIMIT)
+
+
+def evaluate(number, code, scope):
+    """The answer to one request, as the bytes of a line."""
+    name = "<eval %d>" % number
+    RAW_OUT.start()
+    RAW_ERR.start()
+    try:
+        try:
+            has_value, value = run(code, name, scope)
+            body = '"value":%s,"repr":%s' % (
+                value_json(value),
+                ENCODE_TEXT(describe(value) if has_value else ""),
+            )
+            kind = "result"
+        except TooLarge as error:
+            body, kind = '"kind":"too-large","message":%s,"stack":""' % ENCODE_TEXT(str(error)), "error"
+        except BaseException as error:  # SystemExit and KeyboardInterrupt too: the runtime outlives its requests
+            message, stack = failure(error, name, code)
+            body, kind = '"message":%s,"stack":%s' % (ENCODE_TEXT(message), ENCODE_TEXT(stack)), "error"
+        flush()
+    finally:
+        out, err = RAW_OUT.stop(), RAW_ERR.stop()
+    if os.getpid() != PID:
+        os._exit(0)  # user code forked, and this is the child: the answer is the parent's
+    line = answer(kind, number, body, out, err)
+    if len(line) > LINE_LIMIT:
+        body = '"kind":"too-large","message":"the answer has %d bytes; at most %d are sent","stack":""' % (
+            len(line),
+            LINE_LIMIT,
+        )
+        line = answer("error", number, body, out[:TEXT_LIMIT], err[:TEXT_LIMIT])
+    return line
+
+
+def answer(kind, number, body, out, err):
+    return (
+        '{"type":"%s","id":%d,%s,"stdout":%s,"stderr":%s}' % (kind, number, body, ENCODE_TEXT(out), ENCODE_TEXT(err))
+    ).encode("utf-8")
+
+
+# --- identity --------------------------------------------------------------------------------------------------------
+
+guest = types.ModuleType("offshoot_guest", "Who this fork is, and a way to be told.")
+guest.fork = None
+guest.callbacks = []
+
+
+def on_identity(callback):
+    """Calls `callback(fork)` in every fork before its first request, to refresh state that only you know of."""
+    guest.callbacks.append(callback)
+    return callback
+
+
+guest.on_identity = on_identity
+
+
+class Gathered:
+    """What the identity event has to refresh. Filled at quiesce, dropped after the event."""
+
+    randoms = []  # random.Random and its subclasses
+    sequences = []  # numpy SeedSequence: a generator spawns its children from one
+    generators = []  # (numpy BitGenerator, its class)
+    legacy = []  # numpy RandomState, with the normal deviate it keeps for next time
+    foreign = []  # numpy RandomState over a generator that is not Mersenne's
+    add_openssl = None
+    tempfile = None
+    uuid = None
+    platform = None
+    environment = set()  # names that the last event set
+
+
+def fresh():
+    return int.from_bytes(os.urandom(32), "little")
+
+
+def gather():
+    """Finds all live generators."""
+    modules = sys.modules
+    Gathered.add_openssl = getattr(modules.get("_ssl"), "RAND_add", None)
+    Gathered.tempfile = modules.get("tempfile")
+    Gathered.uuid = modules.get("uuid")
+    Gathered.platform = modules.get("platform")
+    numpy = modules.get("numpy.random")
+    randoms, sequences, bits, states = [], [], [], []
+    # Types are compared, not isinstance: that would run the code of proxies.
+    for thing in gc.get_objects():
+        kind = type(thing)
+        if issubclass(kind, random.Random):
+            if not issubclass(kind, random.SystemRandom):
+                randoms.append(thing)
+        elif numpy is not None:
+            if issubclass(kind, numpy.BitGenerator):
+                bits.append(thing)
+            elif issubclass(kind, numpy.SeedSequence):
+                sequences.append(thing)
+            elif issubclass(kind, numpy.RandomState):
+                states.append(thing)
+    Gathered.randoms, Gathered.sequences = randoms, sequences
+    Gathered.generators, Gathered.legacy, Gathered.foreign = [], [], []
+    seeded = set()
+    for state in states:
+        if type(state._bit_generator) is numpy.MT19937:
+            Gathered.legacy.append(state)
+            seeded.add(id(state._bit_generator))
+        else:
+            Gathered.foreign.append(state)
+    Gathered.generators = [(thing, type(thing)) for thing in bits if id(thing) not in seeded]
+
+
+def reseed(report):
+    for one in Gathered.randoms:
+        one.seed(fresh())
+    report["random"] = "reseeded-%d" % len(Gathered.randoms)
+    count = len(Gathered.generators) + len(Gathered.legacy)
+    if count or Gathered.sequences:
+        for sequence in Gathered.sequences:
+            sequence.__init__(None, pool_size=sequence.pool_size)
+        for one, kind in Gathered.generators:
+            one.state = kind().state
+        for state in Gathered.legacy:
+            state.seed()
+        for state in Gathered.foreign:
+            whole = state.get_state(legacy=False)
+            whole["has_gauss"] = 0
+            state.set_state(whole)
+        report["numpy"] = "reseeded-%d" % count
+    if Gathered.add_openssl is not None:
+        # Stirs OpenSSL's primary generator; those of the threads notice and reseed from it.
+        Gathered.add_openssl(os.urandom(48), 48.0)
+        report["openssl"] = "stirred"
+    if Gathered.tempfile is not None:
+        Gathered.tempfile._name_sequence = None
+    if Gathered.uuid is not None:
+        module = Gathered.uuid
+        module._last_timestamp = None
+        module._node = fresh() >> 208 | 1 << 40  # random, marked as such (RFC 4122, 4.5)
+        module._generate_time_safe = None  # libuuid keeps node and sequence of the template
+        report["uuid"] = "reset"
+    if Gathered.platform is not None:
+        Gathered.platform._uname_cache = None
+
+
+def drop_stubborn():
+    """Rehearses each generator alone; returns how many cannot be reseeded."""
+    stubborn = 0
+    for group, attempt in (
+        (Gathered.randoms, lambda one: one.seed(fresh())),
+        (Gathered.sequences, lambda one: one.__init__(None, pool_size=one.pool_size)),
+        (Gathered.generators, lambda pair: setattr(pair[0], "state", pair[1]().state)),
+        (Gathered.legacy, lambda one: one.seed()),
+        (Gathered.foreign, lambda one: one.set_state(one.get_state(legacy=False))),
+    ):
+        for thing in list(group):
+            try:
+                attempt(thing)
+            except Exception as error:
+                stubborn += 1
+                # By identity: == may be the user's code.
+                group[:] = [other for other in group if other is not thing]
+                print("cannot be reseeded in a fork: %s (%s)" % (describe(thing), error), file=STDERR)
+    return stubborn
+
+
+def quiesce():
+    """Prepares the event; returns the report."""
+    gc.unfreeze()  # what an earlier capture froze is invisible to get_objects
+    gc.collect()
+    gather()
+    stubborn = drop_stubborn()
+    report = {}
+    reseed(report)
+    report["gathered"] = "generators-%d" % (
+        len(Gathered.randoms) + len(Gathered.generators) + len(Gathered.legacy)
+    )
+    if stubborn:
+        report["uncovered"] = "generators-%d" % stubborn
+    flush()
+    gc.collect()
+    gc.freeze()  # a collection in a fork must not write to every page of the template
+    return report
+
+
+def identity(fork, environment):
+    """The event. Returns the report."""
+    report = {}
+    reseed(report)
+    known = os.environ
+    for name in Gathered.environment:
+        if name not in environment:
+            known.pop(name, None)
+    for name in environment:
+        known[name] = environment[name]
+    Gathered.environment = set(environment)
+    report["environ"] = "set-%d" % len(environment)
+    guest.fork = fork
+    if guest.callbacks:
+        for callback in guest.callbacks:
+            callback(fork)
+        report["callbacks"] = "ran-%d" % len(guest.callbacks)
+    # User code may let go of its generators from now on.
+    Gathered.randoms, Gathered.sequences, Gathered.generators = [], [], []
+    Gathered.legacy, Gathered.foreign = [], []
+    return report
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+def done(number, report):
+    return b'{"type":"done","id":%d,"report":%s}' % (number, ENCODE_TEXT(report).encode("utf-8"))
+
+
+def handle(line, scope):
+    """The answer to one line, or None."""
+    request = json.loads(line)
+    kind, number = request["type"], request["id"]
+    if kind == "eval":
+        return evaluate(number, request["code"], scope)
+    try:
+        if kind == "identity":
+            return done(number, identity(request["fork"], request["env"]))
+        if kind == "quiesce":
+            return done(number, quiesce())
+    except Exception as error:
+        message, stack = failure(error, "<%s>" % kind, "")
+        body = '"message":%s,"stack":%s' % (ENCODE_TEXT(message), ENCODE_TEXT(stack))
+        return answer("error", number, body, "", "")
+    return None
+
+
+def rehearse(scope):
+    """Runs the paths of a fork's first event and first request, so that their pages are in the template."""
+    gather()
+    kept = set(os.environ)
+    handle(b'{"type":"identity","id":0,"fork":{"id":"","name":""},"env":{"OFFSHOOT_REHEARSAL":"1"}}', scope)
+    handle(b'{"type":"identity","id":0,"fork":{"id":"","name":""},"env":{}}', scope)
+    for name in set(os.environ) - kept:
+        del os.environ[name]
+    for code in (b"[1.5, None, 'x', {'a': 1}]", b"print('x')", b"raise ValueError(1)", b"1 +"):
+        handle(b'{"type":"eval","id":0,"code":%s}' % ENCODE_TEXT(code.decode()).encode(), scope)
+    guest.fork = None
+
+
+def main():
+    source, target = take_standard_streams()
+    signal.signal(signal.SIGINT, on_interrupt)
+    user = types.ModuleType("__main__")
+    user.__dict__["__builtins__"] = __builtins__
+    keep_own_module = sys.modules["__main__"]
+    sys.modules["__main__"], sys.modules["offshoot_guest"] = user, guest
+    sys.stdout, sys.stderr, sys.stdin = STDOUT, STDERR, open(0)
+    sys.argv = [""]
+    scope = user.__dict__
+
+    warm = os.environ.pop("OFFSHOOT_WARM", "")
+    try:
+        exec(compile(warm, "<warm>", "exec", dont_inherit=True), scope)
+    except BaseException as error:
+        print(failure(error, "<warm>", warm)[1], file=STDERR)
+        print("the warm-up (OFFSHOOT_WARM) failed", file=STDERR)
+        flush()
+        return 1
+    callbacks, guest.callbacks = guest.callbacks, []
+    rehearse(scope)
+    guest.callbacks = callbacks
+    flush()
+
+    lines = Lines(source)
+    send(target, b'{"type":"ready"}')
+    while True:
+        line = lines.next()
+        if line is None:
+            break
+        try:
+            reply = handle(line, scope)
+        except (KeyError, TypeError, ValueError) as error:
+            print("a request was not understood: %s" % error, file=STDERR)
+            continue
+        if reply is not None:
+            send(target, reply)
+    flush()
+    del keep_own_module
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
