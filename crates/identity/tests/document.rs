@@ -1,0 +1,129 @@
+//! The identity document: its rules, and that neither its errors nor its `Debug` repeat a secret.
+#![allow(clippy::unwrap_used)]
+
+use offshoot_identity::{
+    AckKey, Action, ClockNanos, Document, DocumentError, EnvName, File, ForkId, ForkIdentity, ForkName, Limits, Secret,
+    SecretName, Tag,
+    document::{ENTROPY_LEN, FORMAT, MAX_ENTRIES, MAX_LABEL, is_guest_path},
+};
+use proptest::prelude::*;
+
+fn document() -> Document {
+    Document {
+        format: FORMAT,
+        action: Action::Become,
+        fork: ForkIdentity {
+            id: ForkId::parse("0123456789abcdef0123").unwrap(),
+            name: ForkName::parse("worker-7").unwrap(),
+            hostname: ForkName::parse("worker-7").unwrap(),
+            template: Tag::parse("python").unwrap(),
+            machine_id: "0123456789abcdef0123456789abcdef".into(),
+            boot_id: "01234567-89ab-4cde-8f01-23456789abcd".into(),
+        },
+        labels: [("team".to_owned(), "blue".to_owned())].into(),
+        env: [(EnvName::parse("API_URL").unwrap(), "http://x".to_owned())].into(),
+        secrets: [(SecretName::parse("API_KEY").unwrap(), Secret::new(b"hunter2".to_vec()))].into(),
+        files: vec![File { path: "/etc/app.conf".into(), mode: 0o600, content: Secret::new(b"swordfish".to_vec()) }],
+        wall_clock: ClockNanos(u64::MAX),
+        entropy: Secret::new(vec![3; ENTROPY_LEN]),
+        ack_key: AckKey::new([4; 32]),
+        limits: Limits { pids: Some(100), memory: None, cpu_millis: Some(500) },
+    }
+}
+
+fn refused(change: impl FnOnce(&mut Document)) -> DocumentError {
+    let mut document = document();
+    change(&mut document);
+    Document::from_json(document.to_json().expose()).unwrap_err()
+}
+
+#[test]
+fn a_document_reads_back_as_it_was_written() {
+    let before = document();
+    let after = Document::from_json(before.to_json().expose()).unwrap();
+    assert_eq!(after.to_json(), before.to_json());
+    assert_eq!(after.wall_clock, ClockNanos(u64::MAX), "no digit of a large number is lost");
+    assert_eq!(after.secrets, before.secrets);
+}
+
+#[test]
+fn what_breaks_a_rule_is_refused() {
+    assert_eq!(refused(|document| document.format = 2), DocumentError::Format(2));
+    let changes: [fn(&mut Document); 11] = [
+        |document| document.fork.machine_id = "0123456789ABCDEF0123456789ABCDEF".into(),
+        |document| document.fork.machine_id.push('0'),
+        |document| document.fork.boot_id = "0123456789ab4cde8f0123456789abcd0000".into(),
+        |document| document.entropy = Secret::new(vec![3; ENTROPY_LEN - 1]),
+        |document| document.labels = (0..=MAX_ENTRIES).map(|index| (index.to_string(), String::new())).collect(),
+        |document| drop(document.labels.insert("a=b".into(), String::new())),
+        |document| drop(document.labels.insert(String::new(), String::new())),
+        |document| drop(document.labels.insert("a".into(), "x".repeat(MAX_LABEL + 1))),
+        |document| document.env.values_mut().for_each(|value| value.push('\0')),
+        |document| document.files[0].path = "/etc/../x".into(),
+        |document| document.files[0].mode = 0o10000,
+    ];
+    for change in changes {
+        assert!(matches!(refused(change), DocumentError::Field { .. }));
+    }
+}
+
+#[test]
+fn unknown_and_doubled_fields_are_refused() {
+    let json = String::from_utf8(document().to_json().expose().to_vec()).unwrap();
+    for (from, to) in [
+        ("{\"format\":1", "{\"format\":1,\"extra\":1"),
+        ("{\"format\":1", "{\"format\":1,\"format\":1"),
+        ("\"action\":\"become\"", "\"action\":\"overwrite\""),
+        ("\"worker-7\"", "\"Worker_7\""),
+    ] {
+        assert!(json.contains(from), "{from}");
+        let error = Document::from_json(json.replacen(from, to, 1).as_bytes()).unwrap_err();
+        assert!(matches!(error, DocumentError::Malformed { .. }), "{to}");
+    }
+}
+
+#[test]
+fn neither_debug_nor_an_error_repeats_a_secret() {
+    let shown = format!("{:?}", document());
+    for secret in ["hunter2", "swordfish", "[3, 3", "[4, 4"] {
+        assert!(!shown.contains(secret), "{secret}");
+    }
+    // A secret where a number belongs, and one that is not base64.
+    for bad in ["{\"format\":\"hunter2\"}", "{\"format\":1,\"entropy\":\"hunter2!\"}"] {
+        assert!(!Document::from_json(bad.as_bytes()).unwrap_err().to_string().contains("hunter2"));
+    }
+}
+
+#[test]
+fn guest_paths_are_absolute_and_go_nowhere_else() {
+    for good in ["/a", "/etc/app.conf", "/a/...", "/a/..b"] {
+        assert!(is_guest_path(good), "{good}");
+    }
+    for bad in ["", "a", "/", "/a/", "/..", "/../a", "/a/..", "/a/../b", "/a\0"] {
+        assert!(!is_guest_path(bad), "{bad:?}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_bytes_make_the_parser_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        prop_assert!(Document::from_json(&bytes).is_err());
+    }
+
+    #[test]
+    fn a_document_cut_anywhere_is_refused(at in any::<prop::sample::Index>()) {
+        let json = document().to_json();
+        let json = json.expose();
+        prop_assert!(Document::from_json(&json[..at.index(json.len())]).is_err());
+    }
+
+    #[test]
+    fn any_content_survives(content in prop::collection::vec(any::<u8>(), 0..500), value in "[^\\x00]{0,50}") {
+        let mut document = document();
+        document.files[0].content = Secret::new(content);
+        document.env.insert(EnvName::parse("X").unwrap(), value);
+        let after = Document::from_json(document.to_json().expose()).unwrap();
+        prop_assert_eq!(after.files, document.files);
+        prop_assert_eq!(after.env, document.env);
+    }
+}
