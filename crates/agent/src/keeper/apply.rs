@@ -69,13 +69,13 @@ fn take_on(
     let fork = &document.fork;
     log.step("hostname", || -> io::Result<_> {
         rustix::system::sethostname(fork.hostname.as_str().as_bytes())?;
-        parts.root.write("/etc/hostname", 0o644, format!("{}\n", fork.hostname).as_bytes())?;
-        parts.root.write("/etc/hosts", 0o644, format!("{}127.0.1.1\t{}\n", prepared.hosts, fork.hostname).as_bytes())?;
+        prepared.own.hostname(&parts.root, &format!("{}\n", fork.hostname))?;
+        prepared.own.hosts(&parts.root, &format!("{}127.0.1.1\t{}\n", prepared.hosts, fork.hostname))?;
         Ok("set".into())
     })?;
     log.step("machine-id", || -> io::Result<_> {
         let line = format!("{}\n", fork.machine_id);
-        parts.root.write("/etc/machine-id", 0o444, line.as_bytes())?;
+        prepared.own.machine_id(&parts.root, &line)?;
         if prepared.dbus_machine_id {
             parts.root.write(DBUS_MACHINE_ID, 0o444, line.as_bytes())?;
         }
@@ -86,7 +86,7 @@ fn take_on(
     log.step("limits", || kernel::set_limits(&parts.cgroup, before, document.limits))?;
     log.step("identity-dir", || -> io::Result<_> {
         let entries = identity_dir::plan(document)?;
-        prepared.written = identity_dir::write(&parts.identity, &prepared.written, &entries)?;
+        prepared.written = parts.identity.write(&prepared.written, &entries)?;
         Ok(format!("{}-files", entries.len()).into())
     })?;
     if !document.files.is_empty() {

@@ -3,6 +3,7 @@
 use std::io;
 
 use identity::Document;
+use rustix::fs::{Mode, OFlags};
 use serde::Serialize;
 use zeroize::Zeroizing;
 
@@ -67,20 +68,58 @@ pub fn plan(document: &Document) -> io::Result<Vec<Entry>> {
     Ok(entries)
 }
 
-/// Writes the files; removes (secrets: wipes) those of `before`, an earlier identity, that are not among them. Answers
-/// with what is there now.
-///
-/// # Errors
-/// The file that could not be written or removed.
-pub fn write(directory: &Root, before: &[String], entries: &[Entry]) -> io::Result<Vec<String>> {
-    // Secrets are wiped even where a new one takes the name: its memory would keep the old one.
-    for stale in before.iter().filter(|path| path.starts_with("secrets/") || !entries.iter().any(|e| e.path == **path)) {
-        directory.wipe(stale)?;
+/// The identity directory as the agent sees it, with its folders open.
+#[derive(Debug)]
+pub struct Directory {
+    top: Root,
+    env: Root,
+    secrets: Root,
+}
+
+impl Directory {
+    /// The directory at `path`, which has its folders.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn open(path: &str) -> io::Result<Self> {
+        let open = |path: String| {
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            rustix::fs::open(path, flags, Mode::empty()).map(Root::new)
+        };
+        Ok(Self {
+            top: open(path.to_owned())?,
+            env: open(format!("{path}/env"))?,
+            secrets: open(format!("{path}/secrets"))?,
+        })
     }
-    for entry in entries {
-        directory.write(&entry.path, entry.mode, &entry.content).map_err(|error| named(&entry.path, &error))?;
+
+    /// Writes the files; removes (secrets: wipes) those of `before`, an earlier identity, that are not among them.
+    /// Answers with what is there now.
+    ///
+    /// # Errors
+    /// The file that could not be written or removed.
+    pub fn write(&self, before: &[String], entries: &[Entry]) -> io::Result<Vec<String>> {
+        // Secrets are wiped even where a new one takes the name: its memory would keep the old one.
+        let stays = |path: &String| !path.starts_with("secrets/") && entries.iter().any(|entry| entry.path == *path);
+        for stale in before.iter().filter(|path| !stays(path)) {
+            self.top.wipe(stale)?;
+        }
+        for entry in entries {
+            let (folder, name) = match entry.path.split_once('/') {
+                Some(("env", name)) => (&self.env, name),
+                Some((_, name)) => (&self.secrets, name),
+                None => (&self.top, entry.path.as_str()),
+            };
+            // A file that has readers keeps their content: it is replaced, not changed.
+            let replace = before.iter().any(|path| *path == entry.path) && stays(&entry.path);
+            let result = match replace {
+                true => folder.write(name, entry.mode, &entry.content),
+                false => folder.create(name, entry.mode, &entry.content),
+            };
+            result.map_err(|error| named(&entry.path, &error))?;
+        }
+        Ok(entries.iter().map(|entry| entry.path.clone()).collect())
     }
-    Ok(entries.iter().map(|entry| entry.path.clone()).collect())
 }
 
 fn named(path: &str, error: &io::Error) -> io::Error {
@@ -127,14 +166,15 @@ pub(super) mod tests {
     #[test]
     fn i13_a_second_identity_leaves_nothing_of_the_first() {
         let path = std::env::temp_dir().join(format!("offshoot-identity-{}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::DIRECTORY;
-        let root = Root::new(rustix::fs::open(&path, flags, rustix::fs::Mode::empty()).unwrap());
-        let first = write(&root, &[], &plan(&document("a")).unwrap()).unwrap();
+        for folder in ["env", "secrets"] {
+            std::fs::create_dir_all(path.join(folder)).unwrap();
+        }
+        let directory = Directory::open(path.to_str().unwrap()).unwrap();
+        let first = directory.write(&[], &plan(&document("a")).unwrap()).unwrap();
         let mut second = document("b");
         second.env.clear();
         second.secrets.clear();
-        write(&root, &first, &plan(&second).unwrap()).unwrap();
+        directory.write(&first, &plan(&second).unwrap()).unwrap();
         assert_eq!(std::fs::read_to_string(path.join("name")).unwrap(), "b");
         assert!(!path.join("env/API_URL").exists());
         assert!(!path.join("secrets/KEY").exists());

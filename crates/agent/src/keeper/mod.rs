@@ -20,10 +20,7 @@ use identity::{
     MailboxName,
     mailbox::{MAX_CAPACITY, Nonce},
 };
-use rustix::{
-    fs::{Mode, OFlags},
-    time::ClockId,
-};
+use rustix::time::ClockId;
 use thiserror::Error;
 
 pub use self::{
@@ -53,7 +50,7 @@ pub struct Keeper {
 struct Parts {
     cgroup: Cgroup,
     root: Root,
-    identity: Root,
+    identity: identity_dir::Directory,
     kernel: Kernel,
     ack: AckPort,
     /// The agent's own mailbox.
@@ -69,11 +66,15 @@ struct Parts {
 struct Prepared {
     /// `/etc/hosts` without the machine's own name.
     hosts: String,
+    /// The files that carry the machine's own name and id, open.
+    own: prepare::OwnFiles,
     /// Whether there is a second copy of the machine id.
     dbus_machine_id: bool,
     /// SSH host keys that are there now; a new identity removes them.
     host_keys: Vec<String>,
-    /// Whether there were host keys, so that a new identity needs its own.
+    /// Whether there have been host keys.
+    had_host_keys: bool,
+    /// Whether a new identity makes its own: there have been some, and there is the program that makes them.
     wants_host_keys: bool,
     /// Files in the identity directory.
     written: Vec<String>,
@@ -130,11 +131,10 @@ impl Keeper {
     /// # Errors
     /// If something that the resume needs can not be opened.
     pub fn new(ack_port: OwnedFd, place: &Place) -> io::Result<Self> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let parts = Parts {
             cgroup: place.cgroup.clone(),
             root: Root::new(place.root.try_clone()?),
-            identity: Root::new(rustix::fs::open(mounts::IDENTITY, flags, Mode::empty())?),
+            identity: identity_dir::Directory::open(mounts::IDENTITY)?,
             kernel: Kernel::open()?,
             ack: AckPort::new(ack_port)?,
             own: Mutex::new(Pages::new(MAX_CAPACITY)?),
@@ -228,11 +228,11 @@ fn freeze_and_arm(
     {
         let mut prepared = lock(&parts.prepared);
         prepare::look_ahead(parts, &mut prepared);
-        if before == Phase::Template && prepared.wants_host_keys {
+        if before == Phase::Template && !prepared.host_keys.is_empty() {
             for path in std::mem::take(&mut prepared.host_keys) {
                 parts.root.wipe(&path).map_err(step("removing the SSH host keys"))?;
             }
-            warnings.push("the template's SSH host keys were removed; each fork makes its own".to_owned());
+            warnings.push("the template's SSH host keys were removed; each fork makes its own if ssh-keygen is there".to_owned());
         }
     }
     rustix::fs::sync();

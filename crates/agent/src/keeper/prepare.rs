@@ -1,19 +1,61 @@
 //! What is done before the capture so that the resume is short.
 
-use std::{fs, io};
+use std::{fs, io, os::fd::OwnedFd};
 
-use super::{Parts, Prepared, apply};
+use super::{
+    Parts, Prepared, apply,
+    root::{Root, rewrite},
+};
 use crate::{cgroup, console};
+
+/// Files that carry the machine's own name and id. They are made and opened before the capture, because a first write
+/// into the overlay is the slowest thing a fork could do; where one could not be opened, it is written as any other.
+#[derive(Debug, Default)]
+pub(super) struct OwnFiles {
+    open: [Option<OwnedFd>; 3],
+}
+
+const OWN: [(&str, u32); 3] = [("/etc/hostname", 0o644), ("/etc/hosts", 0o644), ("/etc/machine-id", 0o444)];
+
+impl OwnFiles {
+    fn open(root: &Root) -> Self {
+        // With the content they have: a template keeps what it is.
+        let open = |(path, mode): (&str, u32)| root.open_own(path, mode, &root.read(path).unwrap_or_default()).ok();
+        Self { open: OWN.map(open) }
+    }
+
+    pub(super) fn hostname(&self, root: &Root, content: &str) -> io::Result<()> {
+        self.write(0, root, content)
+    }
+
+    pub(super) fn hosts(&self, root: &Root, content: &str) -> io::Result<()> {
+        self.write(1, root, content)
+    }
+
+    pub(super) fn machine_id(&self, root: &Root, content: &str) -> io::Result<()> {
+        self.write(2, root, content)
+    }
+
+    fn write(&self, which: usize, root: &Root, content: &str) -> io::Result<()> {
+        match &self.open[which] {
+            Some(file) => rewrite(file, content.as_bytes()),
+            None => root.write(OWN[which].0, OWN[which].1, content.as_bytes()),
+        }
+    }
+}
 
 /// Finds out what the resume needs to know of the workload's files.
 pub(super) fn look_ahead(parts: &Parts, prepared: &mut Prepared) {
     let hosts = parts.root.read("/etc/hosts").unwrap_or_default();
     prepared.hosts = apply::hosts_without_own_name(&String::from_utf8_lossy(&hosts));
+    prepared.own = OwnFiles::open(&parts.root);
     prepared.dbus_machine_id = parts.root.is_file(apply::DBUS_MACHINE_ID);
     let is_key = |name: &String| name.starts_with("ssh_host_") && (name.ends_with("_key") || name.ends_with("_key.pub"));
     prepared.host_keys =
         parts.root.list("/etc/ssh").into_iter().filter(is_key).map(|name| format!("/etc/ssh/{name}")).collect();
-    prepared.wants_host_keys |= !prepared.host_keys.is_empty();
+    prepared.had_host_keys |= !prepared.host_keys.is_empty();
+    prepared.wants_host_keys =
+        prepared.had_host_keys && ["/usr/bin/ssh-keygen", "/bin/ssh-keygen"].iter().any(|path| parts.root.is_file(path));
 }
 
 /// Only the agent and the kernel's own threads may be outside the workload's cgroup: anything else would not freeze.

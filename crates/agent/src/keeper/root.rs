@@ -38,11 +38,7 @@ impl Root {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = rustix::fs::openat(&folder, &*temporary, flags, Mode::from_raw_mode(mode))?;
         let finish = || -> io::Result<()> {
-            let mut rest = content;
-            while !rest.is_empty() {
-                let written = rustix::io::write(&file, rest)?;
-                rest = rest.get(written..).unwrap_or_default();
-            }
+            write_all(&file, content)?;
             // The agent's umask is 0, so that this is only for bits that open ignores.
             if mode & !0o777 != 0 {
                 rustix::fs::fchmod(&file, Mode::from_raw_mode(mode))?;
@@ -52,6 +48,26 @@ impl Root {
         finish().inspect_err(|_| {
             let _ = rustix::fs::unlinkat(&folder, &*temporary, AtFlags::empty());
         })
+    }
+
+    /// Opens a regular file for [`rewrite`], made anew beside the old one so that it is writable and not a link.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn open_own(&self, path: &str, mode: u32, content: &[u8]) -> io::Result<OwnedFd> {
+        self.write(path, mode, content)?;
+        let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat2(&self.0, relative(path), flags, Mode::empty(), ResolveFlags::IN_ROOT)?)
+    }
+
+    /// Creates a file in this directory itself, which has none of that name; nobody sees a part, because nobody runs.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn create(&self, name: &str, mode: u32, content: &[u8]) -> io::Result<()> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&self.0, name, flags, Mode::from_raw_mode(mode))?;
+        write_all(&file, content)
     }
 
     /// Reads a file, at most 64 KiB of it.
@@ -142,6 +158,27 @@ impl AsFd for Root {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
+}
+
+/// Replaces an open file's content in place. Only for while the workload is frozen: nobody can read a part.
+///
+/// # Errors
+/// What the kernel says.
+pub fn rewrite(file: &OwnedFd, content: &[u8]) -> io::Result<()> {
+    if rustix::io::pwrite(file, content, 0)? != content.len() {
+        return Err(io::ErrorKind::WriteZero.into());
+    }
+    let len = u64::try_from(content.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    Ok(rustix::fs::ftruncate(file, len)?)
+}
+
+fn write_all(file: &OwnedFd, content: &[u8]) -> io::Result<()> {
+    let mut rest = content;
+    while !rest.is_empty() {
+        let written = rustix::io::write(file, rest)?;
+        rest = rest.get(written..).unwrap_or_default();
+    }
+    Ok(())
 }
 
 /// Folder and last component of a path.
