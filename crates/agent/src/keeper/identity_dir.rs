@@ -111,7 +111,7 @@ impl Directory {
                 None => (&self.top, entry.path.as_str()),
             };
             // A file that has readers keeps their content: it is replaced, not changed.
-            let replace = before.iter().any(|path| *path == entry.path) && stays(&entry.path);
+            let replace = before.contains(&entry.path) && stays(&entry.path);
             let result = match replace {
                 true => folder.write(name, entry.mode, &entry.content),
                 false => folder.create(name, entry.mode, &entry.content),
