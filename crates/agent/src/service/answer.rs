@@ -48,7 +48,9 @@ impl Answer {
         let id = || raw("id")?.parse().map_err(|_| AnswerError::Field("id"));
         match string("type")?.as_str() {
             "ready" => Ok(Self::Ready),
-            "done" => Ok(Self::Done { id: id()?, report: fields.get("report").map_or(Ok(Vec::new()), |raw| report(raw))? }),
+            "done" => {
+                Ok(Self::Done { id: id()?, report: fields.get("report").map_or(Ok(Vec::new()), |raw| report(raw))? })
+            }
             "result" => Ok(Self::Result {
                 id: id()?,
                 value: raw("value")?.to_owned(),
@@ -341,9 +343,19 @@ mod tests {
     #[test]
     fn values_pass_through_as_they_are() {
         let texts = [
-            "null", "true", "[]", "{}", "-0", "1e+9", "0.5E-3", "NaN", "Infinity", "-Infinity",
+            "null",
+            "true",
+            "[]",
+            "{}",
+            "-0",
+            "1e+9",
+            "0.5E-3",
+            "NaN",
+            "Infinity",
+            "-Infinity",
             r#"[1, {"a": [NaN, "\u00e9\ud83d\ude00\n"]}, [[]]]"#,
-            "123456789012345678901234567890123456789012345678901234567890", "\"é\"",
+            "123456789012345678901234567890123456789012345678901234567890",
+            "\"é\"",
         ];
         for text in texts {
             assert_eq!(value(text).as_deref(), Ok(text));
@@ -353,9 +365,32 @@ mod tests {
     #[test]
     fn what_is_not_json_is_refused() {
         let texts = [
-            "", "01", "+1", ".5", "1.", "1e", "nan", "-NaN", "inf", "'a'", "\"\\x\"", "\"\\ud800\"", "\"\\udc00\"",
-            "\"\\ud800\\u0041\"", "\"a\u{1}\"", "[1,]", "[1", "{\"a\"}", "{1:2}", "{\"a\":1,}", "[1}", "1 2", "\"", "tru",
-            "1}{", "1,\"id\":8",
+            "",
+            "01",
+            "+1",
+            ".5",
+            "1.",
+            "1e",
+            "nan",
+            "-NaN",
+            "inf",
+            "'a'",
+            "\"\\x\"",
+            "\"\\ud800\"",
+            "\"\\udc00\"",
+            "\"\\ud800\\u0041\"",
+            "\"a\u{1}\"",
+            "[1,]",
+            "[1",
+            "{\"a\"}",
+            "{1:2}",
+            "{\"a\":1,}",
+            "[1}",
+            "1 2",
+            "\"",
+            "tru",
+            "1}{",
+            "1,\"id\":8",
         ];
         for text in texts {
             assert!(value(text).is_err(), "{text}");

@@ -109,10 +109,8 @@ impl Conversation {
                 Ok(len) => bytes = &bytes[len..],
                 Err(Errno::AGAIN) => {
                     let left = left(Some(deadline)).ok_or(NoAnswer::Late)?;
-                    let mut fds = [
-                        PollFd::new(&self.input, PollFlags::OUT),
-                        PollFd::new(self.process.pidfd(), PollFlags::IN),
-                    ];
+                    let mut fds =
+                        [PollFd::new(&self.input, PollFlags::OUT), PollFd::new(self.process.pidfd(), PollFlags::IN)];
                     let _ = poll(&mut fds, left.as_ref());
                     if !fds[1].revents().is_empty() {
                         return Err(NoAnswer::Died);
@@ -143,8 +141,7 @@ impl Conversation {
             }
             // Wait first: the answer is never there yet.
             let left = left(Some(deadline)).ok_or(NoAnswer::Late)?;
-            let mut fds =
-                [PollFd::new(&self.output, PollFlags::IN), PollFd::new(self.process.pidfd(), PollFlags::IN)];
+            let mut fds = [PollFd::new(&self.output, PollFlags::IN), PollFd::new(self.process.pidfd(), PollFlags::IN)];
             let _ = poll(&mut fds, left.as_ref());
             let ended = !fds[1].revents().is_empty();
             match rustix::io::read(&self.output, &mut buffer) {

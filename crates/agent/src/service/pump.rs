@@ -31,7 +31,12 @@ impl<'a> Pump<'a> {
     }
 
     /// Carries output until the process has ended, then what is still in the pipe. `wrote` is called after new bytes.
-    pub(crate) fn until_exit(&mut self, process: &Process, deadline: Option<Instant>, mut wrote: impl FnMut()) -> Ended {
+    pub(crate) fn until_exit(
+        &mut self,
+        process: &Process,
+        deadline: Option<Instant>,
+        mut wrote: impl FnMut(),
+    ) -> Ended {
         loop {
             let Some(left) = left(deadline) else { return Ended::Deadline };
             let mut fds = vec![PollFd::new(process.pidfd(), PollFlags::IN)];

@@ -132,7 +132,10 @@ fn wait_for_log(supervisor: &Supervisor, source: &str, line: &str) {
 fn values_errors_and_prints_come_back() {
     let (_host, supervisor) = warm_python("seven = 7");
     assert_eq!(value(&supervisor, "x = seven\nx + 1"), "8");
-    assert_eq!(value(&supervisor, "[float('nan'), float('inf'), -float('inf'), 2**70]"), "[NaN, Infinity, -Infinity, 1180591620717411303424]");
+    assert_eq!(
+        value(&supervisor, "[float('nan'), float('inf'), -float('inf'), 2**70]"),
+        "[NaN, Infinity, -Infinity, 1180591620717411303424]"
+    );
     let reply = supervisor.eval("import sys\nprint('out')\nprint('err', file=sys.stderr)\nb'x'", 0);
     assert_eq!((&*reply.value_json, &*reply.repr), ("null", "b'x'"));
     assert_eq!((&*reply.stdout, &*reply.stderr), ("out\n", "err\n"));
@@ -185,19 +188,29 @@ fn callers_at_the_same_time_get_their_own_answers() {
 #[test]
 fn two_forks_of_one_state_draw_different_numbers_from_every_generator() {
     let warm = "import random, uuid, tempfile, platform, ssl, numpy as np\n\
-        own = random.Random(1); random.seed(1); np.random.seed(1)\n\
+        own = random.Random()\n\
         bits = [c(5) for c in (np.random.PCG64, np.random.MT19937, np.random.Philox, np.random.SFC64)]\n\
         gens = [np.random.Generator(b) for b in bits]\n\
-        old = np.random.RandomState(2); other = np.random.RandomState(np.random.PCG64(2))\n\
+        old = np.random.RandomState(); other = np.random.RandomState(np.random.PCG64())\n\
         seq = np.random.SeedSequence(3)\n\
-        random.gauss(0, 1); own.gauss(0, 1); old.normal(); other.normal()";
-    let draw = "[random.gauss(0, 1), own.gauss(0, 1), np.random.random(), old.normal(), other.normal()] \
-        + [g.random() for g in gens] + [str(uuid.uuid1()), int(seq.spawn(1)[0].generate_state(1)[0])] \
-        + [int((getattr(b, 'seed_seq', None) or b._seed_seq).spawn(1)[0].generate_state(1)[0]) for b in bits]";
+        seqs = [getattr(b, 'seed_seq', None) or b._seed_seq for b in bits]";
+    // The state at the capture, the same each time. Normal deviates come in pairs, and the second one is kept.
+    let seed = "random.seed(1); own.seed(1); np.random.seed(1); old.seed(2)\n\
+        for n, b in enumerate(bits + [other._bit_generator]): b.state = type(b)(n).state\n\
+        for n, s in enumerate([seq] + seqs): s.__init__(n)\n\
+        for f in (random.gauss, own.gauss, np.random.normal, old.normal, other.normal): f(0, 1)\n\
+        uuid._generate_time_safe = None; uuid._node = 1; uuid._last_timestamp = None";
+    let draw = "[random.gauss(0, 1), own.gauss(0, 1), np.random.normal(), old.normal(), other.normal()] \
+        + [random.random(), own.random(), np.random.random(), old.random(), other.random()] \
+        + [g.random() for g in gens] + [int(s.spawn(1)[0].generate_state(1)[0]) for s in [seq] + seqs] \
+        + [str(uuid.uuid1())[-12:], next(tempfile._get_candidate_names())]";
     let draws = |become_fork: bool| {
         let (host, supervisor) = warm_python(warm);
+        // Quiesce rehearses the event, which must not hide that the event itself does nothing: seed after it.
+        supervisor.prepare_quiesce(soon()).unwrap();
+        supervisor.abandon_quiesce();
+        value(&supervisor, seed);
         if become_fork {
-            supervisor.prepare_quiesce(soon()).unwrap();
             let identity = fork(&host, "a", &[]);
             let after = supervisor.after_thaw(&identity);
             assert_eq!(after.failure, None);
@@ -212,21 +225,28 @@ fn two_forks_of_one_state_draw_different_numbers_from_every_generator() {
     for (index, (a, b)) in first.iter().zip(&second).enumerate() {
         assert_ne!(a, b, "draw {index}");
     }
-    // Without the event they are the same: the test can fail.
+    // Without the event they are the same, but for the names of temporary files, which Python seeds by itself: the test
+    // can fail.
     let (mut first, mut second) = (draws(false), draws(false));
-    (first.remove(9), second.remove(9));
+    first.pop();
+    second.pop();
     assert_eq!(first, second);
 }
 
 #[test]
 fn a_fork_has_its_own_environment_and_loses_the_one_before() {
-    let (host, supervisor) = warm_python("import os, offshoot_guest\noffshoot_guest.on_identity(lambda fork: calls.append(fork['name']))\ncalls = []");
+    let (host, supervisor) = warm_python(
+        "import os, offshoot_guest\noffshoot_guest.on_identity(lambda fork: calls.append(fork['name']))\ncalls = []",
+    );
     let mut seen = Vec::new();
     for (name, env) in [("a", &[("COLOR", "red"), ("ONLY_A", "1")][..]), ("b", &[("COLOR", "blue \"\n")])] {
         supervisor.prepare_quiesce(soon()).unwrap();
         let identity = fork(&host, name, env);
         assert_eq!(supervisor.after_thaw(&identity).failure, None);
-        seen.push(value(&supervisor, "[os.environ[k] for k in ('COLOR', 'OFFSHOOT_NAME')] + [os.environ.get('ONLY_A'), calls]"));
+        seen.push(value(
+            &supervisor,
+            "[os.environ[k] for k in ('COLOR', 'OFFSHOOT_NAME')] + [os.environ.get('ONLY_A'), calls]",
+        ));
     }
     assert_eq!(seen, [r#"["red", "a", "1", ["a"]]"#, r#"["blue \"\n", "b", null, ["a", "b"]]"#]);
 }
@@ -234,10 +254,8 @@ fn a_fork_has_its_own_environment_and_loses_the_one_before() {
 #[test]
 fn a_dying_runtime_says_its_last_words_and_comes_back_if_it_may() {
     let (_host, supervisor) = supervisor();
-    let request = WarmRequest {
-        runtime: Some(Runtime { restart: "on-failure".into(), ..python("") }),
-        ..WarmRequest::default()
-    };
+    let request =
+        WarmRequest { runtime: Some(Runtime { restart: "on-failure".into(), ..python("") }), ..WarmRequest::default() };
     supervisor.warm(request, |_| ()).unwrap();
     let failure = error(&supervisor, "import os, sys; os.write(2, b'last words\\n'); os._exit(3)", 0);
     assert_eq!(failure.kind, "runtime-died");
@@ -310,8 +328,12 @@ fn services_start_in_order_and_are_told_in_a_fork() {
     let after = supervisor.after_thaw(&identity);
     assert_eq!(after.failure, None);
     let steps: Vec<_> = after.steps.iter().map(|step| format!("{}:{}", step.name, step.outcome)).collect();
-    let expected =
-        ["service.signalled:signalled-HUP", "service.restarted:restarted", "service.hooked:hook-ran", "service.late:started"];
+    let expected = [
+        "service.signalled:signalled-HUP",
+        "service.restarted:restarted",
+        "service.hooked:hook-ran",
+        "service.late:started",
+    ];
     assert_eq!(steps, expected);
     wait_for_log(&supervisor, "signalled", "hup");
     wait_for_log(&supervisor, "restarted", "ready as a");
@@ -359,7 +381,10 @@ fn a_service_that_dies_is_started_again_as_its_recipe_says() {
 fn bad_recipes_are_refused_by_name() {
     let refused = |service: Service| {
         let (_host, supervisor) = supervisor();
-        supervisor.warm(WarmRequest { services: vec![service], ..WarmRequest::default() }, |_| ()).unwrap_err().to_string()
+        supervisor
+            .warm(WarmRequest { services: vec![service], ..WarmRequest::default() }, |_| ())
+            .unwrap_err()
+            .to_string()
     };
     assert!(refused(shell("../x", "")).contains("service name"));
     assert!(refused(Service { command: vec![], ..shell("a", "") }).contains("command of service a"));
