@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use engine::{Accel, BootSpec, BootedVm, Engine, EngineError, Machine, qemu::CONSOLE};
+use engine::{Accel, BootSpec, Engine, EngineError, Machine, qemu::CONSOLE};
 use guest_api::proto;
 use identity::{MailboxName, Tag};
 use memory::{ExpectedMailbox, PlantedBy};
@@ -75,7 +75,7 @@ pub enum BuildError {
     Kernel(#[from] kernel::KernelError),
     /// No root image.
     #[error("the root image could not be made")]
-    RootImage(#[from] rootfs::RootfsError),
+    RootImage(#[from] rootfs::RootError),
     /// No initramfs.
     #[error("the initramfs could not be made")]
     Initramfs(#[from] initramfs::InitramfsError),
@@ -140,7 +140,7 @@ pub fn build(
     let building = store.begin(&request.tag)?;
     let kernel = kernel::ensure(&home.cache, request.kernel.as_deref(), progress)?;
     let root = rootfs::ensure(&home.cache, &recipe, progress)?;
-    let initramfs = initramfs::build(&home.cache, &kernel, progress)?;
+    let initramfs = initramfs::build(&home.cache, &initramfs::agent_binary()?, &kernel)?;
     let engine = engines::for_build(home, request.accel, &kernel.image)
         .map_err(|source| BuildError::Engine { source, console: String::new() })?;
     fault::point("build.images", None).map_err(file("making the images"))?;
@@ -258,7 +258,7 @@ impl Attempt<'_> {
             GuestChannel::connect(self.run, BOOT_LIMIT).await.map_err(failed("waiting for the guest to boot"))?;
         progress(Progress::step("warming up"));
         channel
-            .warm(self.recipe.to_warm_request(), |message| progress(Progress::step(format!("warming up: {message}"))))
+            .warm(self.recipe.warm_request(), |message| progress(Progress::step(format!("warming up: {message}"))))
             .await
             .map_err(failed("warming up"))?;
         let mut facts = verify::facts(&mut channel).await.map_err(failed("asking for its facts"))?;
@@ -280,8 +280,8 @@ impl Attempt<'_> {
     }
 
     /// Waits for the line with which the keeper says that it now only waits for its identity.
-    fn wait_armed(&self, mut stream: &UnixStream) -> Result<(), BuildError> {
-        let armed = || -> io::Result<bool> {
+    fn wait_armed(&self, stream: &UnixStream) -> Result<(), BuildError> {
+        let armed = |mut stream: &UnixStream| -> io::Result<bool> {
             stream.set_read_timeout(Some(QUIESCE_LIMIT))?;
             let mut seen = Vec::new();
             let mut byte = [0];
@@ -296,7 +296,7 @@ impl Attempt<'_> {
             }
             Ok(false)
         };
-        match armed() {
+        match armed(stream) {
             Ok(true) => Ok(()),
             _ => Err(BuildError::NotArmed { console: self.console() }),
         }

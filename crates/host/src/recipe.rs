@@ -31,6 +31,7 @@ const MAX_FILE: u64 = 16 << 20;
 const MAX_FILES: usize = 256;
 const MAX_SERVICES: usize = 32;
 const MAX_PACKAGES: usize = 512;
+const MAX_PROBES: usize = 16;
 const DEFAULT_MEMORY: u64 = 256 << 20;
 const DEFAULT_TIMEOUT_MS: u32 = 60_000;
 const DEFAULT_EVENT_TIMEOUT_MS: u32 = 5_000;
@@ -78,6 +79,8 @@ pub struct Recipe {
     pub runtime: Option<proto::Runtime>,
     /// What else runs.
     pub services: Vec<proto::Service>,
+    /// Questions to the runtime whose answers must differ in every fork: name → code. `verify` asks them.
+    pub probes: BTreeMap<String, String>,
 }
 
 /// What a root file system is made from.
@@ -235,6 +238,7 @@ impl Recipe {
             env,
             runtime: None,
             services: Vec::new(),
+            probes: BTreeMap::new(),
         })
     }
 
@@ -347,7 +351,16 @@ fn parse(text: &str, name: &str, folder: &Folder<'_>) -> Result<Recipe, RecipeEr
         ready_timeout_ms: runtime.ready_timeout_s.map_or(DEFAULT_TIMEOUT_MS, |time| time.0),
         event_timeout_ms: runtime.event_timeout_s.map_or(DEFAULT_EVENT_TIMEOUT_MS, |time| time.0),
     });
+    let probes = toml.probes.unwrap_or_default();
+    if !probes.is_empty() && runtime.is_none() {
+        return Err(invalid(0..0, "probes are questions to the runtime, and there is no [runtime]".to_owned()));
+    }
+    if probes.len() > MAX_PROBES || probes.iter().any(|(name, code)| name.is_empty() || name.len() > 64 || code.len() > 4096)
+    {
+        return Err(invalid(0..0, format!("at most {MAX_PROBES} probes with names up to 64 and code up to 4096 bytes")));
+    }
     Ok(Recipe {
+        probes,
         name: toml.name.0,
         description: toml.description.map(|text| text.0).unwrap_or_default(),
         memory: toml.memory.map_or(DEFAULT_MEMORY, |size| size.0),

@@ -10,7 +10,7 @@ use std::{
 };
 
 use identity::Tag;
-use offshoot_engine::{Accel, EngineInfo, EngineName, Machine};
+use engine::{Accel, EngineInfo, EngineName, Machine};
 use offshoot_store::{Building, Contents, MEMORY, Manifest, Store, StoreError};
 
 fn tag(text: &str) -> Tag {
@@ -63,6 +63,7 @@ fn f1_a_template_appears_whole_and_read_only() {
     assert_eq!(mode & 0o777, 0o400);
     let tags: Vec<_> = store.list().unwrap().into_iter().map(|found| found.unwrap().tag.to_string()).collect();
     assert_eq!(tags, ["a", "b"]);
+    drop(template);
     assert!(matches!(store.begin(&tag("a")), Err(StoreError::Exists { .. })));
 }
 
@@ -146,7 +147,7 @@ fn o3_only_what_a_dead_maker_left_is_a_leftover() {
 /// What a process that is gone would have written.
 fn maker_that_ended() -> String {
     let mut child = Command::new("sleep").arg("100").stdout(Stdio::null()).spawn().unwrap();
-    let process = offshoot_engine::ProcessRef::of(child.id()).unwrap();
+    let process = engine::ProcessRef::of(child.id()).unwrap();
     child.kill().unwrap();
     child.wait().unwrap();
     serde_json::to_string(&process).unwrap()

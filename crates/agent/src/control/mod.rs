@@ -1,19 +1,61 @@
-//! The control server (being written).
+//! The control channels: the host's requests, over gRPC, on every port `offshoot.ctl.N`.
 
-use std::{convert::Infallible, process::ExitCode, sync::Arc};
+mod exec;
+mod port;
+mod server;
+mod tool;
 
-use crate::state::AgentState;
+use std::{io, sync::Arc};
+
+use guest_api::proto::agent_server::AgentServer;
+use tokio::{io::DuplexStream, sync::mpsc};
+use tokio_stream::{StreamExt, wrappers::ReceiverStream};
+use tonic::transport::Server;
+
+use crate::{boot::device, console, state::AgentState};
+
+pub use tool::tool;
+
+/// Most bytes of one request.
+const MAX_REQUEST: usize = 8 << 20;
+/// Most ports that are looked for; the host makes eight.
+const MAX_PORTS: usize = 16;
 
 /// Serves the control channels on the calling (main) thread; returns only if it can not go on.
-pub fn serve(_state: &Arc<AgentState>) -> Box<dyn std::error::Error> {
-    loop {
-        std::thread::park();
+pub fn serve(state: &Arc<AgentState>) -> Box<dyn std::error::Error> {
+    match run(state) {
+        Ok(()) => "it ended".into(),
+        Err(error) => error,
     }
 }
 
-/// Runs a built-in tool in the workload: `offshoot-agent --tool NAME ARG`.
-#[must_use]
-pub fn tool(_name: &str, _arg: &str) -> ExitCode {
-    let _: Option<Infallible> = None;
-    ExitCode::FAILURE
+fn run(state: &Arc<AgentState>) -> Result<(), Box<dyn std::error::Error>> {
+    // One thread, and no timer that ticks: an idle fork must cost nothing.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let (sessions, incoming) = mpsc::channel::<DuplexStream>(MAX_PORTS);
+        let ports = (0..MAX_PORTS).map_while(|number| device::open_port(&format!("offshoot.ctl.{number}")));
+        let mut count = 0;
+        for port in ports {
+            port::start(port, sessions.clone())?;
+            count += 1;
+        }
+        if count == 0 {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "the machine has no control channel").into());
+        }
+        console::note(&format!("{count} control channels"));
+        serve_incoming(state, incoming).await.map_err(Into::into)
+    })
 }
+
+async fn serve_incoming(
+    state: &Arc<AgentState>,
+    incoming: mpsc::Receiver<DuplexStream>,
+) -> Result<(), tonic::transport::Error> {
+    let service = AgentServer::new(server::Service::new(Arc::clone(state))).max_decoding_message_size(MAX_REQUEST);
+    let incoming = ReceiverStream::new(incoming).map(Ok::<_, io::Error>);
+    Server::builder().add_service(service).serve_with_incoming(incoming).await
+}
+
+#[cfg(test)]
+mod tests;

@@ -203,6 +203,7 @@ pub fn quiesce(state: &Arc<AgentState>, timeout: Duration) -> Result<Quiesced, Q
                 console::warn(&format!("the workload could not be thawed after a failed quiesce: {error}"));
             }
             state.workload().open();
+            state.supervisor().abandon_quiesce();
             state.set_phase(before);
         }
     }
@@ -222,6 +223,7 @@ fn freeze_and_arm(
     if state.freeze() == Freeze::On {
         prepare::no_stragglers().map_err(step("looking for processes outside the workload's cgroup"))?;
         parts.cgroup.freeze(deadline).map_err(step("freezing the workload"))?;
+        state.supervisor().mark_frozen();
     }
     let frozen_wall_ns = clock(ClockId::Realtime);
     let frozen_monotonic_ns = clock(ClockId::Monotonic);

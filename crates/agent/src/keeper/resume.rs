@@ -24,8 +24,11 @@ use crate::{
 /// How long the host may take to read an ack. Its own deadline is shorter.
 const ACK_DEADLINE: Duration = Duration::from_secs(30);
 
-/// While nothing else has wanted the CPU for this long, the quiesce's answer is out.
-const UNDISTURBED: Duration = Duration::from_millis(2);
+/// While nothing else has wanted the CPU for this long, the quiesce's answer is out, and the host has closed its channel.
+const UNDISTURBED: Duration = Duration::from_millis(30);
+
+/// Says on the ack port that from now on this thread only waits for its identity: the host captures then.
+const ARMED: &str = "offshoot-armed";
 
 /// An ack needs a fork id; this one stands in where the document could not be read.
 const NO_FORK: &str = "00000000000000000000";
@@ -62,6 +65,11 @@ fn wait_until_filled(parts: &Parts) {
             since = now;
         }
         last = now;
+    }
+    if !own.is_filled()
+        && let Err(error) = parts.ack.send(ARMED, Instant::now() + ACK_DEADLINE)
+    {
+        console::warn(&format!("the host could not be told that the agent is armed: {error}"));
     }
     set_real_time(true);
     while !own.is_filled() {

@@ -1,6 +1,6 @@
 //! `recipe.toml` as it is written.
 
-use std::ops::Range;
+use std::{collections::BTreeMap, ops::Range};
 
 use serde::Deserialize;
 use toml::Spanned;
@@ -23,6 +23,7 @@ pub(super) struct RecipeToml {
     pub(super) runtime: Option<RuntimeToml>,
     #[serde(default)]
     pub(super) services: Vec<Spanned<ServiceToml>>,
+    pub(super) probes: Option<BTreeMap<String, String>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]

@@ -1,0 +1,316 @@
+//! Exec: a command (or a built-in tool) in the workload, its input and output streamed.
+
+use std::{
+    io,
+    os::fd::OwnedFd,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use guest_api::proto::{
+    Command, ExecExit, ExecInput, ExecOutput, ExecStart, Resize, exec_input::Input, exec_output::Output,
+    exec_start::What,
+};
+use rustix::{
+    fs::{Mode, OFlags},
+    process::Signal,
+    pty::{OpenptFlags, ioctl_tiocgptpeer},
+    termios::{Winsize, tcsetwinsize},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, unix::AsyncFd},
+    net::unix::pipe,
+    sync::mpsc,
+    task::JoinHandle,
+};
+use tokio_stream::StreamExt;
+use tonic::{Status, Streaming};
+
+use crate::{
+    state::AgentState,
+    workload::{Console, Process, Program, Start, StartError},
+};
+
+/// Bytes of output per message.
+const CHUNK: usize = 16 * 1024;
+/// Messages of output that may wait; a slow reader stops the command, it does not fill memory.
+const WAITING: usize = 8;
+
+/// Numbers the cgroups of commands.
+static NEXT: AtomicU64 = AtomicU64::new(1);
+
+type Replies = mpsc::Sender<Result<ExecOutput, Status>>;
+
+/// Starts what the first message asks for.
+pub(super) async fn start(
+    state: Arc<AgentState>,
+    mut input: Streaming<ExecInput>,
+) -> Result<mpsc::Receiver<Result<ExecOutput, Status>>, Status> {
+    let first = input.message().await?.and_then(|message| message.input);
+    let Some(Input::Start(ExecStart { what: Some(what), timeout_ms })) = first else {
+        return Err(Status::invalid_argument("the first message must say what to run"));
+    };
+    let (replies, receiver) = mpsc::channel(WAITING);
+    tokio::spawn(async move {
+        let exit = match Running::start(&state, what) {
+            Ok(running) => running.run(input, &replies, timeout_ms).await,
+            Err(error) => Some(not_started(&error)),
+        };
+        if let Some(exit) = exit {
+            let _ = replies.send(Ok(output(Output::Exit(exit)))).await;
+        }
+    });
+    Ok(receiver)
+}
+
+fn output(output: Output) -> ExecOutput {
+    ExecOutput { output: Some(output) }
+}
+
+/// Exit codes as a shell gives them: 127 not found, 126 found and not run.
+fn not_started(error: &StartError) -> ExecExit {
+    let code = match error {
+        StartError::Exec { source, .. } if source.kind() == io::ErrorKind::NotFound => 127,
+        _ => 126,
+    };
+    ExecExit { code, timed_out: false, error: error.to_string() }
+}
+
+struct Running {
+    process: Arc<Process>,
+    stdin: Option<Sink>,
+    sources: Vec<(Source, fn(Vec<u8>) -> Output)>,
+    terminal: Option<Arc<AsyncFd<OwnedFd>>>,
+}
+
+enum Sink {
+    Pipe(pipe::Sender),
+    Terminal(Arc<AsyncFd<OwnedFd>>),
+}
+
+enum Source {
+    Pipe(pipe::Receiver),
+    Terminal(Arc<AsyncFd<OwnedFd>>),
+}
+
+impl Running {
+    fn start(state: &AgentState, what: What) -> Result<Self, StartError> {
+        let group = format!("exec-{}", NEXT.fetch_add(1, Ordering::Relaxed));
+        let env = state.environment();
+        let (program, command) = match what {
+            What::Command(command) => (Program::Command(command.argv.clone()), command),
+            What::Unpack(path) => (Program::Tool("unpack", path.path), Command::default()),
+            What::Pack(path) => (Program::Tool("pack", path.path), Command::default()),
+            What::Facts(_) => (Program::Tool("facts", String::new()), Command::default()),
+        };
+        let io_error = |source| StartError::Exec { program: "the command".into(), source };
+        let mut start = Start {
+            group,
+            program,
+            env: env.into_iter().chain(command.env).collect(),
+            workdir: command.workdir,
+            user: command.user,
+            console: Console::Pipes([None, None, None]),
+        };
+        if command.tty {
+            start.env.entry("TERM".into()).or_insert_with(|| "xterm".into());
+            let (ours, theirs) = open_terminal(state).map_err(io_error)?;
+            set_size(&ours, command.rows, command.cols);
+            start.console = Console::Terminal(theirs);
+            let process = state.workload().start(start)?;
+            // SAFETY: an OwnedFd stands for one open file until it is dropped, and the AsyncFd owns it until then.
+            let terminal = unsafe { AsyncFd::register(ours) }.map_err(|error| io_error(error.into()))?;
+            let terminal = Arc::new(terminal);
+            return Ok(Self {
+                process: Arc::new(process),
+                stdin: Some(Sink::Terminal(Arc::clone(&terminal))),
+                sources: vec![(Source::Terminal(Arc::clone(&terminal)), Output::Stdout)],
+                terminal: Some(terminal),
+            });
+        }
+        let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|error| io_error(error.into()));
+        let ((in_theirs, in_ours), (out_ours, out_theirs), (err_ours, err_theirs)) = (pipe()?, pipe()?, pipe()?);
+        start.console = Console::Pipes([Some(in_theirs), Some(out_theirs), Some(err_theirs)]);
+        let process = state.workload().start(start)?;
+        let receiver = |fd: OwnedFd| pipe::Receiver::from_owned_fd(fd).map(Source::Pipe).map_err(io_error);
+        for fd in [&in_ours, &out_ours, &err_ours] {
+            rustix::io::ioctl_fionbio(fd, true).map_err(|error| io_error(error.into()))?;
+        }
+        Ok(Self {
+            process: Arc::new(process),
+            stdin: Some(Sink::Pipe(pipe::Sender::from_owned_fd(in_ours).map_err(io_error)?)),
+            sources: vec![(receiver(out_ours)?, Output::Stdout), (receiver(err_ours)?, Output::Stderr)],
+            terminal: None,
+        })
+    }
+
+    /// Runs to the end. `None` if nobody listens any more; the command and all it started are dead then.
+    async fn run(mut self, input: Streaming<ExecInput>, replies: &Replies, timeout_ms: u64) -> Option<ExecExit> {
+        let process = Arc::clone(&self.process);
+        let feeding = tokio::spawn(feed(input, self.stdin.take(), Arc::clone(&process), self.terminal.take()));
+        let pumps: Vec<JoinHandle<()>> = self
+            .sources
+            .drain(..)
+            .map(|(source, wrap)| tokio::spawn(pump(source, wrap, Arc::clone(&process), replies.clone())))
+            .collect();
+        let exit = tokio::select! {
+            exit = process.exited() => Some((exit, false)),
+            () = replies.closed() => None,
+            () = deadline(timeout_ms) => {
+                kill(&process).await;
+                Some((process.exited().await, true))
+            }
+        };
+        feeding.abort();
+        let Some((exit, timed_out)) = exit else {
+            kill(&process).await;
+            pumps.iter().for_each(JoinHandle::abort);
+            return None;
+        };
+        for pump in pumps {
+            let _ = pump.await;
+        }
+        Some(ExecExit { code: exit.code(), timed_out, error: String::new() })
+    }
+}
+
+async fn kill(process: &Arc<Process>) {
+    let process = Arc::clone(process);
+    let _ = tokio::task::spawn_blocking(move || process.kill_tree()).await;
+}
+
+/// Never, for 0.
+async fn deadline(timeout_ms: u64) {
+    if timeout_ms == 0 {
+        std::future::pending::<()>().await;
+    }
+    tokio::time::sleep(Duration::from_millis(timeout_ms)).await;
+}
+
+/// A terminal of the workload's own devpts, so that its name is right in there: our end and the command's.
+fn open_terminal(state: &AgentState) -> io::Result<(OwnedFd, OwnedFd)> {
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let ours = match state.workload().place() {
+        Some(place) => rustix::fs::openat(&place.root, "dev/pts/ptmx", flags, Mode::empty())?,
+        None => rustix::fs::open("/dev/ptmx", flags, Mode::empty())?,
+    };
+    rustix::pty::unlockpt(&ours)?;
+    let theirs = ioctl_tiocgptpeer(&ours, OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+    Ok((ours, theirs))
+}
+
+fn set_size(terminal: &OwnedFd, rows: u32, cols: u32) {
+    let size = |value: u32| u16::try_from(value).unwrap_or(u16::MAX);
+    let (ws_row, ws_col) = if rows == 0 || cols == 0 { (24, 80) } else { (size(rows), size(cols)) };
+    let _ = tcsetwinsize(terminal, Winsize { ws_row, ws_col, ws_xpixel: 0, ws_ypixel: 0 });
+}
+
+/// The client's messages: input, sizes, signals.
+async fn feed(
+    mut input: Streaming<ExecInput>,
+    mut stdin: Option<Sink>,
+    process: Arc<Process>,
+    terminal: Option<Arc<AsyncFd<OwnedFd>>>,
+) {
+    while let Some(Ok(message)) = input.next().await {
+        match message.input {
+            Some(Input::Stdin(bytes)) => {
+                let failed = match &mut stdin {
+                    Some(Sink::Pipe(pipe)) => pipe.write_all(&bytes).await.is_err(),
+                    Some(Sink::Terminal(terminal)) => write_terminal(terminal, &bytes).await.is_err(),
+                    None => false,
+                };
+                if failed {
+                    // The command has closed its input: what still comes is dropped.
+                    stdin = None;
+                }
+            }
+            Some(Input::CloseStdin(_)) => {
+                if let Some(Sink::Terminal(terminal)) = &stdin {
+                    // Control-D, which is how a terminal's input ends.
+                    let _ = write_terminal(terminal, &[4]).await;
+                }
+                stdin = None;
+            }
+            Some(Input::Resize(Resize { rows, cols })) => {
+                if let Some(terminal) = &terminal {
+                    set_size(terminal.get_ref(), rows, cols);
+                }
+            }
+            Some(Input::Signal(number)) => {
+                if let Some(signal) = Signal::from_named_raw(number) {
+                    let _ = process.signal(signal);
+                }
+            }
+            Some(Input::Start(_)) | None => {}
+        }
+    }
+    // The client's side of the stream is closed; the command may go on reading nothing.
+    drop(stdin);
+    drop(terminal);
+}
+
+async fn write_terminal(terminal: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let mut ready = terminal.writable().await?;
+        let written = ready.try_io(|fd| Ok(rustix::io::write(fd.get_ref(), bytes)?));
+        match written {
+            Ok(count) => bytes = bytes.get(count?..).unwrap_or_default(),
+            Err(_would_block) => {}
+        }
+    }
+    Ok(())
+}
+
+/// Moves output until its end. Once the command has ended, only what is there already: a process it left behind may keep
+/// the pipe open for ever.
+async fn pump(mut source: Source, wrap: fn(Vec<u8>) -> Output, process: Arc<Process>, replies: Replies) {
+    let mut buffer = vec![0; CHUNK];
+    let mut ended = false;
+    loop {
+        let read = if ended {
+            source.read_now(&mut buffer)
+        } else {
+            tokio::select! {
+                biased;
+                read = source.read(&mut buffer) => read,
+                _ = process.exited() => {
+                    ended = true;
+                    continue;
+                }
+            }
+        };
+        match read {
+            Ok(count) if count > 0 => {
+                if replies.send(Ok(output(wrap(buffer[..count].to_vec())))).await.is_err() {
+                    return;
+                }
+            }
+            _ => return,
+        }
+    }
+}
+
+impl Source {
+    async fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Pipe(pipe) => pipe.read(buffer).await,
+            Self::Terminal(terminal) => loop {
+                let mut ready = terminal.readable().await?;
+                if let Ok(read) = ready.try_io(|fd| Ok(rustix::io::read(fd.get_ref(), &mut *buffer)?)) {
+                    return read;
+                }
+            },
+        }
+    }
+
+    fn read_now(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Pipe(pipe) => pipe.try_read(buffer),
+            Self::Terminal(terminal) => Ok(rustix::io::read(terminal.get_ref(), buffer)?),
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! A control port: two threads that move its bytes, and a task that makes sessions of them.
+//!
+//! The port is watched edge-triggered. While the host's side is closed it reports a hang-up for ever, which would make a
+//! level-triggered watch (tokio's as well, whose "closed" is final) spin in every idle fork.
+
+use std::{
+    io,
+    os::fd::OwnedFd,
+    sync::Arc,
+    thread,
+};
+
+use guest_api::session::{Acceptor, BUFFER, Event, Kind, MAX_PAYLOAD, encode};
+use rustix::event::{PollFd, PollFlags, epoll, poll};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, ReadHalf, WriteHalf, duplex, split},
+    sync::mpsc,
+};
+
+/// Chunks that may wait on each way. Together with [`BUFFER`] this bounds what one port can hold.
+const CHUNKS: usize = 4;
+
+/// What the reading thread saw.
+#[derive(Debug)]
+enum Input {
+    Bytes(Vec<u8>),
+    /// The host's side was closed: what was under way is over.
+    HangUp,
+}
+
+/// Starts the threads and the task of one port (open and non-blocking). Each session goes to `sessions`.
+pub(super) fn start(port: OwnedFd, sessions: mpsc::Sender<DuplexStream>) -> io::Result<()> {
+    let port = Arc::new(port);
+    let (input, from_port) = mpsc::channel(CHUNKS);
+    let (to_port, output) = mpsc::channel(CHUNKS);
+    let small = || thread::Builder::new().stack_size(128 * 1024);
+    let reader = Arc::clone(&port);
+    small().name("port-read".into()).spawn(move || read(&reader, &input))?;
+    small().name("port-write".into()).spawn(move || write(&port, output))?;
+    tokio::spawn(relay(from_port, to_port, sessions));
+    Ok(())
+}
+
+fn read(port: &OwnedFd, input: &mpsc::Sender<Input>) -> Option<()> {
+    let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).ok()?;
+    let flags = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
+    epoll::add(&epoll, port, epoll::EventData::new_u64(0), flags).ok()?;
+    let mut buffer = vec![0; MAX_PAYLOAD];
+    let mut connected = false;
+    loop {
+        // Before the wait: the first bytes may have come with the edge that opened the port.
+        loop {
+            match rustix::io::read(port, &mut buffer) {
+                Ok(0) => {
+                    if std::mem::take(&mut connected) {
+                        input.blocking_send(Input::HangUp).ok()?;
+                    }
+                    break;
+                }
+                Ok(count) => {
+                    connected = true;
+                    input.blocking_send(Input::Bytes(buffer[..count].to_vec())).ok()?;
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                Err(_) => break,
+            }
+        }
+        let mut events = [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
+        match epoll::wait(&epoll, &mut events, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return None,
+        }
+    }
+}
+
+fn write(port: &OwnedFd, mut output: mpsc::Receiver<Vec<u8>>) {
+    while let Some(bytes) = output.blocking_recv() {
+        let mut rest = &bytes[..];
+        while !rest.is_empty() {
+            match rustix::io::write(port, rest) {
+                Ok(count) => rest = rest.get(count..).unwrap_or_default(),
+                Err(rustix::io::Errno::INTR) => {}
+                // Full, or nobody there. In the second case the bytes belong to a session that is over.
+                Err(rustix::io::Errno::AGAIN) if is_writable(port) => {}
+                Err(_) => break,
+            }
+        }
+    }
+}
+
+/// Waits until the port takes bytes; false if the host's side is closed.
+fn is_writable(port: &OwnedFd) -> bool {
+    loop {
+        let mut polled = [PollFd::new(port, PollFlags::OUT)];
+        match poll(&mut polled, None) {
+            Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return false,
+            Ok(_) => return !polled[0].revents().contains(PollFlags::HUP),
+        }
+    }
+}
+
+struct Session {
+    number: u64,
+    to_user: WriteHalf<DuplexStream>,
+    sending: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.sending.abort();
+    }
+}
+
+/// Makes sessions of a port's bytes until the port is gone.
+async fn relay(
+    mut from_port: mpsc::Receiver<Input>,
+    to_port: mpsc::Sender<Vec<u8>>,
+    sessions: mpsc::Sender<DuplexStream>,
+) {
+    let mut acceptor = Acceptor::default();
+    let mut current: Option<Session> = None;
+    while let Some(input) = from_port.recv().await {
+        let Input::Bytes(bytes) = input else {
+            current = None;
+            continue;
+        };
+        for event in acceptor.push(&bytes) {
+            match event {
+                Event::Opened(number) => {
+                    // The old session's stream ends before the new one is there.
+                    drop(current.take());
+                    let (ours, theirs) = duplex(BUFFER);
+                    let (from_user, to_user) = split(ours);
+                    let mut answer = Vec::new();
+                    encode(Kind::HelloAck, number, &[], &mut answer);
+                    if to_port.send(answer).await.is_err() || sessions.send(theirs).await.is_err() {
+                        return;
+                    }
+                    let sending = tokio::spawn(send(from_user, to_port.clone(), number));
+                    current = Some(Session { number, to_user, sending });
+                }
+                Event::Data(number, data) => {
+                    let session = current.as_mut().filter(|session| session.number == number);
+                    if let Some(session) = session
+                        && session.to_user.write_all(&data).await.is_err()
+                    {
+                        current = None;
+                    }
+                }
+                Event::Closed(number) => {
+                    if current.as_ref().is_some_and(|session| session.number == number) {
+                        current = None;
+                    }
+                }
+            }
+        }
+    }
+}
+
+async fn send(mut from_user: ReadHalf<DuplexStream>, to_port: mpsc::Sender<Vec<u8>>, number: u64) {
+    let mut buffer = vec![0; MAX_PAYLOAD];
+    while let Ok(count) = from_user.read(&mut buffer).await {
+        let mut bytes = Vec::new();
+        let (kind, payload) = if count == 0 { (Kind::Close, &[][..]) } else { (Kind::Data, &buffer[..count]) };
+        encode(kind, number, payload, &mut bytes);
+        if to_port.send(bytes).await.is_err() || kind == Kind::Close {
+            return;
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! The gRPC service. Requests are checked here; what they ask for is done elsewhere.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use guest_api::proto::{
+    EvalReply, EvalRequest, ExecInput, ExecOutput, LogChunk, LogsRequest, PingReply, PingRequest, PlantedMailbox,
+    QuiesceReply, QuiesceRequest, WarmEvent, WarmRequest, agent_server::Agent,
+};
+use tokio::sync::mpsc;
+use tokio_stream::{Stream, wrappers::ReceiverStream};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::exec;
+use crate::{
+    keeper,
+    state::{AgentState, Phase},
+};
+
+/// Longest code that `eval` takes, in bytes.
+const MAX_CODE: usize = 1 << 20;
+
+type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// The service over the agent's state.
+#[derive(Debug)]
+pub(super) struct Service {
+    state: Arc<AgentState>,
+}
+
+impl Service {
+    pub(super) fn new(state: Arc<AgentState>) -> Self {
+        Self { state }
+    }
+
+    /// Refuses while the workload is frozen.
+    #[allow(clippy::result_large_err)] // tonic's own error type.
+    fn check_running(&self) -> Result<(), Status> {
+        match self.state.phase() {
+            Phase::Template | Phase::Running => Ok(()),
+            phase => Err(Status::failed_precondition(format!("the sandbox is {}", phase.as_str()))),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Agent for Service {
+    async fn ping(&self, _: Request<PingRequest>) -> Result<Response<PingReply>, Status> {
+        let state = &self.state;
+        let wall = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        Ok(Response::new(PingReply {
+            agent_version: env!("CARGO_PKG_VERSION").into(),
+            fork_id: state.identity().map(|identity| identity.fork.id.to_string()).unwrap_or_default(),
+            state: state.phase().as_str().into(),
+            uptime_ms: u64::try_from(state.booted().elapsed().as_millis()).unwrap_or(u64::MAX),
+            wall_clock_ns: u64::try_from(wall.as_nanos()).unwrap_or(u64::MAX),
+        }))
+    }
+
+    type WarmStream = Replies<WarmEvent>;
+
+    async fn warm(&self, request: Request<WarmRequest>) -> Result<Response<Self::WarmStream>, Status> {
+        if self.state.phase() != Phase::Template {
+            return Err(Status::failed_precondition("only a template can be warmed"));
+        }
+        let (events, replies) = mpsc::channel(64);
+        let supervisor = Arc::clone(self.state.supervisor());
+        tokio::task::spawn_blocking(move || {
+            let note = |message: String| {
+                // Who does not listen misses it; the warm-up goes on.
+                let _ = events.blocking_send(Ok(WarmEvent { message, done: false }));
+            };
+            let last = match supervisor.warm(request.into_inner(), note) {
+                Ok(()) => Ok(WarmEvent { message: "ready".into(), done: true }),
+                Err(error) => Err(Status::aborted(error.to_string())),
+            };
+            let _ = events.blocking_send(last);
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
+    }
+
+    async fn quiesce(&self, request: Request<QuiesceRequest>) -> Result<Response<QuiesceReply>, Status> {
+        let state = Arc::clone(&self.state);
+        let timeout = Duration::from_millis(u64::from(request.into_inner().timeout_ms.clamp(1, 600_000)));
+        let quiesced = tokio::task::spawn_blocking(move || keeper::quiesce(&state, timeout))
+            .await
+            .map_err(|error| Status::internal(error.to_string()))?
+            .map_err(|error| Status::failed_precondition(error.to_string()))?;
+        let mailboxes = quiesced.mailboxes.into_iter().map(|planted| PlantedMailbox {
+            name: planted.name.to_string(),
+            nonce: planted.nonce.to_vec(),
+            capacity: u32::try_from(planted.capacity).unwrap_or(u32::MAX),
+            planted_by: planted.planted_by.into(),
+        });
+        Ok(Response::new(QuiesceReply {
+            mailboxes: mailboxes.collect(),
+            frozen_wall_ns: quiesced.frozen_wall_ns,
+            frozen_monotonic_ns: quiesced.frozen_monotonic_ns,
+            warnings: quiesced.warnings,
+        }))
+    }
+
+    type ExecStream = Replies<ExecOutput>;
+
+    async fn exec(&self, request: Request<Streaming<ExecInput>>) -> Result<Response<Self::ExecStream>, Status> {
+        self.check_running()?;
+        let replies = exec::start(Arc::clone(&self.state), request.into_inner()).await?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
+    }
+
+    async fn eval(&self, request: Request<EvalRequest>) -> Result<Response<EvalReply>, Status> {
+        self.check_running()?;
+        let EvalRequest { code, timeout_ms } = request.into_inner();
+        if code.len() > MAX_CODE {
+            return Err(Status::invalid_argument("the code is longer than 1 MiB; copy it into the fork and import it"));
+        }
+        let supervisor = Arc::clone(self.state.supervisor());
+        let reply = tokio::task::spawn_blocking(move || supervisor.eval(&code, timeout_ms)).await;
+        reply.map(Response::new).map_err(|error| Status::internal(error.to_string()))
+    }
+
+    type LogsStream = Replies<LogChunk>;
+
+    async fn logs(&self, request: Request<LogsRequest>) -> Result<Response<Self::LogsStream>, Status> {
+        let follow = request.into_inner().follow;
+        let supervisor = Arc::clone(self.state.supervisor());
+        let (chunks, replies) = mpsc::channel(8);
+        tokio::spawn(async move {
+            let mut follower = supervisor.logs().follow();
+            loop {
+                while let Some((source, data)) = follower.take() {
+                    if chunks.send(Ok(LogChunk { source, data })).await.is_err() {
+                        return;
+                    }
+                }
+                if !follow {
+                    return;
+                }
+                tokio::select! {
+                    changed = follower.changed() => if changed.is_err() { return },
+                    () = chunks.closed() => return,
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
+    }
+}

@@ -1,0 +1,1 @@
+//! The server over a real session, without a guest.

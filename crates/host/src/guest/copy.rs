@@ -1,0 +1,264 @@
+//! Files to and from a guest, as tar streams. One that comes from a guest is hostile: nothing is written outside of the
+//! destination, links are made but never followed, and nothing but files, directories and links is taken.
+
+use std::{
+    fs, io,
+    path::{Component, Path, PathBuf},
+};
+
+use guest_api::proto::{ExecStart, TarPath, exec_start::What};
+use tar::EntryType;
+use thiserror::Error;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+    sync::mpsc,
+};
+
+use super::{
+    GuestChannel, GuestError,
+    exec::{Bounded, check, run},
+};
+
+/// Bytes between the archive and the connection.
+const BUFFER: usize = 256 * 1024;
+
+/// Why something was not copied.
+#[derive(Debug, Error)]
+pub enum CopyError {
+    /// The guest.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// A file on this side.
+    #[error("{path}")]
+    Local {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The guest's archive tries what it must not.
+    #[error("the sandbox sent {what}; nothing outside of the destination was written")]
+    Hostile {
+        /// What.
+        what: String,
+    },
+}
+
+impl GuestChannel {
+    /// Copies a file or a directory into the guest, as `cp -r` does: into an existing directory under its own name, else as `to`.
+    ///
+    /// # Errors
+    /// [`CopyError`].
+    pub async fn copy_in(&mut self, from: &Path, to: &str) -> Result<(), CopyError> {
+        let from = from.to_owned();
+        fs::metadata(&from).map_err(|source| CopyError::Local { path: from.clone(), source })?;
+        let (ours, theirs) = duplex(BUFFER);
+        let packing = tokio::task::spawn_blocking(move || pack(&from, Blocking::new(theirs)));
+        let mut stderr = Bounded::new(4096);
+        let (_, controls) = mpsc::channel(1);
+        let start = ExecStart { what: Some(What::Unpack(TarPath { path: to.to_owned() })), timeout_ms: 0 };
+        let result = run(self.client(), start, Some(ours), &mut tokio::io::sink(), &mut stderr, controls).await?;
+        check(&result, &stderr)?;
+        packing.await.map_err(|error| GuestError::Transport(error.to_string()))?
+    }
+
+    /// Copies a file or a directory out of the guest, as `cp -r` does: into an existing directory under its own name, else as `to`.
+    ///
+    /// # Errors
+    /// [`CopyError`].
+    pub async fn copy_out(&mut self, from: &str, to: &Path) -> Result<(), CopyError> {
+        let to = to.to_owned();
+        let (mut ours, theirs) = duplex(BUFFER);
+        let unpacking = tokio::task::spawn_blocking(move || unpack(Blocking::new(theirs), &to));
+        let mut stderr = Bounded::new(4096);
+        let (_, controls) = mpsc::channel(1);
+        let start = ExecStart { what: Some(What::Pack(TarPath { path: from.to_owned() })), timeout_ms: 0 };
+        let ran = run(self.client(), start, None::<tokio::io::Empty>, &mut ours, &mut stderr, controls).await;
+        let _ = ours.shutdown().await;
+        drop(ours);
+        let unpacked = unpacking.await.map_err(|error| GuestError::Transport(error.to_string()))?;
+        // A refusal of ours closes the stream, which the other side sees as an error of its own: ours comes first.
+        match (ran, unpacked) {
+            (_, Err(error @ (CopyError::Hostile { .. } | CopyError::Local { .. }))) => Err(error),
+            (Ok(result), unpacked) => {
+                check(&result, &stderr)?;
+                unpacked
+            }
+            (Err(error), _) => Err(error.into()),
+        }
+    }
+}
+
+fn local(path: &Path) -> impl Fn(io::Error) -> CopyError + '_ {
+    move |source| CopyError::Local { path: path.to_owned(), source }
+}
+
+fn pack(from: &Path, stream: Blocking) -> Result<(), CopyError> {
+    let whole = from.canonicalize().map_err(local(from))?;
+    let name = whole.file_name().map_or_else(|| PathBuf::from("root"), PathBuf::from);
+    let mut archive = tar::Builder::new(stream);
+    archive.follow_symlinks(false);
+    let packed = if whole.is_dir() {
+        archive.append_dir_all(&name, &whole)
+    } else {
+        fs::File::open(&whole).and_then(|mut file| archive.append_file(&name, &mut file))
+    };
+    packed.and_then(|()| archive.finish()).map_err(local(from))
+}
+
+fn unpack(stream: Blocking, to: &Path) -> Result<(), CopyError> {
+    let (parent, rename) = if to.is_dir() {
+        (to.to_owned(), None)
+    } else {
+        let parent = to.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        (parent.to_owned(), to.file_name().map(PathBuf::from))
+    };
+    let parent = parent.canonicalize().map_err(local(&parent))?;
+    let mut archive = tar::Archive::new(stream);
+    archive.set_preserve_permissions(false);
+    archive.set_preserve_mtime(true);
+    for entry in archive.entries().map_err(local(to))? {
+        let mut entry = entry.map_err(local(to))?;
+        let name = entry.path().map_err(local(to))?.into_owned();
+        let target = destination(&name, rename.as_deref())?;
+        let kind = entry.header().entry_type();
+        if !matches!(kind, EntryType::Regular | EntryType::Directory | EntryType::Symlink | EntryType::GNUSparse) {
+            return Err(CopyError::Hostile { what: format!("an entry of the forbidden kind {kind:?}") });
+        }
+        make_parents(&parent, &target)?;
+        let path = parent.join(&target);
+        // A link that an earlier entry made would lead elsewhere: it is replaced, not followed.
+        match fs::symlink_metadata(&path) {
+            Ok(metadata) if metadata.is_symlink() => fs::remove_file(&path).map_err(local(&path))?,
+            _ => {}
+        }
+        entry.unpack(&path).map_err(local(&path))?;
+    }
+    Ok(())
+}
+
+/// Where an entry goes, below the destination: its first component is the copied thing's own name.
+fn destination(name: &Path, rename: Option<&Path>) -> Result<PathBuf, CopyError> {
+    let mut parts = name.components();
+    let plain = parts.clone().all(|part| matches!(part, Component::Normal(_)));
+    let first = parts.next();
+    match first {
+        Some(Component::Normal(first)) if plain => Ok(rename.unwrap_or(Path::new(first)).join(parts.as_path())),
+        _ => Err(CopyError::Hostile { what: "an entry that points outside".into() }),
+    }
+}
+
+/// Makes the directories above `target`; a link among them is refused.
+fn make_parents(base: &Path, target: &Path) -> Result<(), CopyError> {
+    let mut path = base.to_owned();
+    for part in target.parent().into_iter().flat_map(Path::components) {
+        path.push(part);
+        match fs::symlink_metadata(&path) {
+            Ok(metadata) if metadata.is_dir() => {}
+            Ok(_) => return Err(CopyError::Hostile { what: "an entry below something that is no directory".into() }),
+            Err(_) => fs::create_dir(&path).map_err(local(&path))?,
+        }
+    }
+    Ok(())
+}
+
+/// A stream of the runtime, for code that blocks on a thread of its own.
+struct Blocking {
+    stream: DuplexStream,
+    handle: tokio::runtime::Handle,
+}
+
+impl Blocking {
+    fn new(stream: DuplexStream) -> Self {
+        Self { stream, handle: tokio::runtime::Handle::current() }
+    }
+}
+
+impl io::Read for Blocking {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.handle.block_on(self.stream.read(buffer))
+    }
+}
+
+impl io::Write for Blocking {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.handle.block_on(self.stream.write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.handle.block_on(self.stream.flush())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// Unpacks an archive as if a guest had sent it.
+    fn receive(archive: Vec<u8>, to: &Path) -> Result<(), CopyError> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let to = to.to_owned();
+        runtime.block_on(async move {
+            let (mut ours, theirs) = duplex(BUFFER);
+            let unpacking = tokio::task::spawn_blocking(move || unpack(Blocking::new(theirs), &to));
+            let _ = ours.write_all(&archive).await;
+            drop(ours);
+            unpacking.await.unwrap()
+        })
+    }
+
+    fn entry(archive: &mut tar::Builder<Vec<u8>>, kind: EntryType, name: &str, link: &str, content: &[u8]) {
+        let mut header = tar::Header::new_gnu();
+        // The builder refuses such names, a hostile guest does not.
+        header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
+        header.as_old_mut().linkname[..link.len()].copy_from_slice(link.as_bytes());
+        header.set_entry_type(kind);
+        header.set_mode(0o4755);
+        header.set_size(content.len() as u64);
+        header.set_cksum();
+        archive.append(&header, content).unwrap();
+    }
+
+    #[test]
+    fn a_hostile_archive_writes_nothing_outside() {
+        let outside = tempfile::tempdir().unwrap();
+        let target = outside.path().join("secret");
+        let link = outside.path().to_str().unwrap().to_owned();
+        let attacks: [&[(EntryType, &str, &str)]; 5] = [
+            &[(EntryType::Regular, "../escaped", "")],
+            &[(EntryType::Regular, "/escaped-offshoot-test", "")],
+            &[(EntryType::Symlink, "d", &link), (EntryType::Regular, "d/secret", "")],
+            &[(EntryType::Link, "hard", "/etc/passwd")],
+            &[(EntryType::Char, "device", "")],
+        ];
+        for attack in attacks {
+            let to = tempfile::tempdir_in(outside.path()).unwrap();
+            let mut archive = tar::Builder::new(Vec::new());
+            for &(kind, name, link) in attack {
+                entry(&mut archive, kind, name, link, if kind == EntryType::Regular { b"x" } else { b"" });
+            }
+            let error = receive(archive.into_inner().unwrap(), to.path()).unwrap_err();
+            assert!(matches!(error, CopyError::Hostile { .. }), "{attack:?}: {error}");
+            assert!(!target.exists() && !outside.path().join("escaped").exists(), "{attack:?}");
+        }
+    }
+
+    #[test]
+    fn f3_files_and_directories_arrive_as_cp_would_bring_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut archive = tar::Builder::new(Vec::new());
+        entry(&mut archive, EntryType::Directory, "box", "", b"");
+        entry(&mut archive, EntryType::Regular, "box/a", "", b"one");
+        entry(&mut archive, EntryType::Symlink, "box/l", "a", b"");
+        let archive = archive.into_inner().unwrap();
+        receive(archive.clone(), dir.path()).unwrap();
+        receive(archive, &dir.path().join("renamed")).unwrap();
+        for name in ["box", "renamed"] {
+            assert_eq!(fs::read(dir.path().join(name).join("l")).unwrap(), b"one");
+            let mode = std::os::unix::fs::PermissionsExt::mode(&fs::metadata(dir.path().join(name).join("a")).unwrap().permissions());
+            assert_eq!(mode & 0o7000, 0, "no set-user-id bit from a guest");
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! Commands in the guest.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use guest_api::proto::{
+    Command, ExecExit, ExecInput, ExecStart, Resize, agent_client::AgentClient, exec_input::Input, exec_output::Output,
+    exec_start::What,
+};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    sync::mpsc,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+
+use super::{GuestChannel, GuestError, clean};
+
+/// Bytes of input per message.
+const CHUNK: usize = 16 * 1024;
+
+/// A command to run in a guest.
+#[derive(Debug, Clone, Default)]
+pub struct ExecOptions {
+    /// The command and its arguments.
+    pub argv: Vec<String>,
+    /// Variables besides the fork's own.
+    pub env: BTreeMap<String, String>,
+    /// Working directory; empty is `/`.
+    pub workdir: String,
+    /// User name or `uid[:gid]`; empty is root.
+    pub user: String,
+    /// Rows and columns of a terminal, if the command gets one.
+    pub terminal: Option<(u32, u32)>,
+    /// When it is ended with all it started; `None` never.
+    pub timeout: Option<Duration>,
+}
+
+/// How a command ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExecResult {
+    /// Its exit code; 128 and the signal's number if a signal ended it; 126 or 127 if it could not be started.
+    pub code: i32,
+    /// Whether its time was up.
+    pub timed_out: bool,
+    /// Why it was not started.
+    pub error: Option<String>,
+}
+
+/// What may be sent to a running command besides its input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Control {
+    /// Its terminal has another size: rows, columns.
+    Resize(u32, u32),
+    /// A signal's number.
+    Signal(i32),
+}
+
+impl GuestChannel {
+    /// Runs a command. `stdin` is read until its end (`None`: the command gets no input); output goes to `stdout` and `stderr` as it
+    /// comes; `controls` may send sizes and signals.
+    ///
+    /// # Errors
+    /// [`GuestError`]. That the command failed is no error.
+    pub async fn exec(
+        &mut self,
+        options: ExecOptions,
+        stdin: Option<impl AsyncRead + Unpin + Send + 'static>,
+        mut stdout: impl AsyncWrite + Unpin,
+        mut stderr: impl AsyncWrite + Unpin,
+        controls: mpsc::Receiver<Control>,
+    ) -> Result<ExecResult, GuestError> {
+        let (rows, cols) = options.terminal.unwrap_or_default();
+        let command = Command {
+            argv: options.argv,
+            env: options.env.into_iter().collect(),
+            workdir: options.workdir,
+            user: options.user,
+            tty: options.terminal.is_some(),
+            rows,
+            cols,
+        };
+        let timeout_ms = options.timeout.map_or(0, |limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX).max(1));
+        let start = ExecStart { what: Some(What::Command(command)), timeout_ms };
+        run(self.client(), start, stdin, &mut stdout, &mut stderr, controls).await
+    }
+}
+
+pub(super) async fn run(
+    client: &mut AgentClient<Channel>,
+    start: ExecStart,
+    stdin: Option<impl AsyncRead + Unpin + Send + 'static>,
+    stdout: &mut (impl AsyncWrite + Unpin),
+    stderr: &mut (impl AsyncWrite + Unpin),
+    mut controls: mpsc::Receiver<Control>,
+) -> Result<ExecResult, GuestError> {
+    let (inputs, messages) = mpsc::channel(4);
+    let message = |input| ExecInput { input: Some(input) };
+    inputs.send(message(Input::Start(start))).await.map_err(|_| GuestError::Transport("closed".into()))?;
+    let control_inputs = inputs.clone();
+    let feeding = tokio::spawn(async move {
+        if let Some(mut stdin) = stdin {
+            let mut buffer = vec![0; CHUNK];
+            while let Ok(count) = stdin.read(&mut buffer).await {
+                if count == 0 || inputs.send(message(Input::Stdin(buffer[..count].to_vec()))).await.is_err() {
+                    break;
+                }
+            }
+        }
+        let _ = inputs.send(message(Input::CloseStdin(true))).await;
+    });
+    let controlling = tokio::spawn(async move {
+        while let Some(control) = controls.recv().await {
+            let input = match control {
+                Control::Resize(rows, cols) => Input::Resize(Resize { rows, cols }),
+                Control::Signal(number) => Input::Signal(number),
+            };
+            if control_inputs.send(message(input)).await.is_err() {
+                break;
+            }
+        }
+    });
+    let result = async {
+        let mut outputs = client.exec(ReceiverStream::new(messages)).await?.into_inner();
+        while let Some(output) = outputs.message().await? {
+            match output.output {
+                Some(Output::Stdout(bytes)) => {
+                    stdout.write_all(&bytes).await?;
+                    stdout.flush().await?;
+                }
+                Some(Output::Stderr(bytes)) => {
+                    stderr.write_all(&bytes).await?;
+                    stderr.flush().await?;
+                }
+                Some(Output::Exit(ExecExit { code, timed_out, error })) => {
+                    let error = (!error.is_empty()).then(|| clean(&error));
+                    return Ok(ExecResult { code, timed_out, error });
+                }
+                None => {}
+            }
+        }
+        Err(GuestError::Transport("the sandbox ended before the command did".into()))
+    }
+    .await;
+    feeding.abort();
+    controlling.abort();
+    result
+}
+
+/// Runs a tool without input and returns its output, at most `most` bytes.
+pub(super) async fn collect(
+    client: &mut AgentClient<Channel>,
+    what: What,
+    most: usize,
+) -> Result<Vec<u8>, GuestError> {
+    let start = ExecStart { what: Some(what), timeout_ms: 60_000 };
+    let (mut stdout, mut stderr) = (Bounded::new(most), Bounded::new(4096));
+    let (_, controls) = mpsc::channel(1);
+    let result = run(client, start, None::<tokio::io::Empty>, &mut stdout, &mut stderr, controls).await?;
+    check(&result, &stderr)?;
+    Ok(stdout.bytes)
+}
+
+/// Whether a tool did what it should.
+pub(super) fn check(result: &ExecResult, stderr: &Bounded) -> Result<(), GuestError> {
+    if result.code == 0 {
+        return Ok(());
+    }
+    let reason = result.error.clone().unwrap_or_else(|| clean(String::from_utf8_lossy(&stderr.bytes).trim()));
+    Err(GuestError::Refused(reason))
+}
+
+/// Keeps the first bytes that are written, and drops the rest.
+#[derive(Debug)]
+pub(super) struct Bounded {
+    pub(super) bytes: Vec<u8>,
+    most: usize,
+}
+
+impl Bounded {
+    pub(super) fn new(most: usize) -> Self {
+        Self { bytes: Vec::new(), most }
+    }
+}
+
+impl AsyncWrite for Bounded {
+    fn poll_write(
+        mut self: std::pin::Pin<&mut Self>,
+        _: &mut std::task::Context<'_>,
+        bytes: &[u8],
+    ) -> std::task::Poll<std::io::Result<usize>> {
+        let room = self.most.saturating_sub(self.bytes.len()).min(bytes.len());
+        self.bytes.extend_from_slice(&bytes[..room]);
+        std::task::Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn poll_flush(
+        self: std::pin::Pin<&mut Self>,
+        _: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<std::io::Result<()>> {
+        std::task::Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(
+        self: std::pin::Pin<&mut Self>,
+        _: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<std::io::Result<()>> {
+        std::task::Poll::Ready(Ok(()))
+    }
+}

@@ -1,0 +1,244 @@
+//! Talking to the agent in a guest. Everything that comes from there is hostile: bounded, and never a path.
+
+mod copy;
+pub mod exec;
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use engine::qemu::CONTROL_CHANNELS;
+use guest_api::{
+    proto::{
+        EvalReply, EvalRequest, LogChunk, LogsRequest, PingReply, PingRequest, QuiesceReply, QuiesceRequest, WarmRequest,
+        agent_client::AgentClient,
+    },
+    session,
+};
+use hyper_util::rt::TokioIo;
+use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+use thiserror::Error;
+use tokio::{io::DuplexStream, net::UnixStream, time::timeout};
+use tonic::{
+    Code, Status, Streaming,
+    transport::{Channel, Endpoint},
+};
+
+pub use copy::CopyError;
+pub use exec::{Control, ExecOptions, ExecResult};
+
+/// Most bytes of one message from the guest.
+const MAX_MESSAGE: usize = 8 << 20;
+/// How often a taken channel is tried again while the deadline lasts. Locks of other processes can not be waited for with
+/// a deadline in any other way.
+const RETRY: Duration = Duration::from_millis(20);
+/// Longest text of the guest that goes into an error.
+const MAX_REASON: usize = 4000;
+
+/// Why the agent could not be asked, or did not do what it was asked.
+#[derive(Debug, Error)]
+pub enum GuestError {
+    /// Other processes use every channel.
+    #[error("all {CONTROL_CHANNELS} control channels of the sandbox are in use; end one of the commands that use them, or try again")]
+    Busy,
+    /// The machine is not there.
+    #[error("the sandbox does not run")]
+    NotRunning,
+    /// No answer in time.
+    #[error("the sandbox did not answer within {} ms", .0.as_millis())]
+    Timeout(Duration),
+    /// The agent refused, or said that it failed; its reason is cleaned for a terminal.
+    #[error("the sandbox refused: {0}")]
+    Refused(String),
+    /// The connection failed.
+    #[error("the connection to the sandbox failed: {0}")]
+    Transport(String),
+    /// This side's input or output failed.
+    #[error("reading or writing on this side failed")]
+    Local(#[from] io::Error),
+}
+
+impl From<Status> for GuestError {
+    fn from(status: Status) -> Self {
+        match status.code() {
+            Code::DeadlineExceeded => Self::Timeout(Duration::ZERO),
+            Code::Unavailable | Code::Cancelled | Code::Unknown => Self::Transport(clean(status.message())),
+            _ => Self::Refused(clean(status.message())),
+        }
+    }
+}
+
+/// A guest's text without what could disturb a terminal, and not too long.
+pub(crate) fn clean(text: &str) -> String {
+    text.chars().filter(|character| !character.is_control() || *character == '\n').take(MAX_REASON).collect()
+}
+
+/// A connection to a guest's agent. It holds one of the guest's channels until it is dropped.
+#[derive(Debug)]
+pub struct GuestChannel {
+    client: AgentClient<Channel>,
+    _lock: File,
+}
+
+impl GuestChannel {
+    /// Connects through the sockets in the machine's directory `dir`: takes the first channel that nobody uses.
+    ///
+    /// # Errors
+    /// [`GuestError::Busy`] if all are in use until `limit`, [`GuestError::NotRunning`], [`GuestError::Timeout`] if the agent does
+    /// not answer.
+    pub async fn connect(dir: &Path, limit: Duration) -> Result<Self, GuestError> {
+        let deadline = Instant::now() + limit;
+        let (number, lock) = loop {
+            if let Some(taken) = free_channel(dir)? {
+                break taken;
+            }
+            if Instant::now() + RETRY >= deadline {
+                return Err(GuestError::Busy);
+            }
+            tokio::time::sleep(RETRY).await;
+        };
+        let stream = open_socket(dir, number).await?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        let stream = session::connect(stream, fresh_session()?, left).await.map_err(|error| match error.kind() {
+            io::ErrorKind::TimedOut => GuestError::Timeout(limit),
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+                GuestError::NotRunning
+            }
+            _ => GuestError::Transport(error.to_string()),
+        })?;
+        let client = AgentClient::new(http2(stream, deadline, limit).await?).max_decoding_message_size(MAX_MESSAGE);
+        Ok(Self { client, _lock: lock })
+    }
+
+    /// Who answers, and how it is.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn ping(&mut self) -> Result<PingReply, GuestError> {
+        within(Duration::from_secs(30), self.client.ping(PingRequest {})).await
+    }
+
+    /// Starts what the recipe says, and waits until everything is ready. `progress` gets lines for people.
+    ///
+    /// # Errors
+    /// [`GuestError`]; the reason has the last output of what failed.
+    pub async fn warm(&mut self, request: WarmRequest, mut progress: impl FnMut(&str)) -> Result<(), GuestError> {
+        // The agent keeps to the recipe's deadlines; this one is for an agent that does not.
+        let limit = Duration::from_millis(u64::from(request.timeout_ms)) + Duration::from_secs(60);
+        let warming = async {
+            let mut events = self.client.warm(request).await?.into_inner();
+            while let Some(event) = events.message().await? {
+                if event.done {
+                    return Ok(());
+                }
+                progress(&clean(&event.message));
+            }
+            Err(GuestError::Transport("the agent stopped in the middle of the warm-up".into()))
+        };
+        timeout(limit, warming).await.map_err(|_| GuestError::Timeout(limit))?
+    }
+
+    /// Freezes the workload and arms the mailboxes.
+    ///
+    /// # Errors
+    /// [`GuestError`]; the workload runs on then.
+    pub async fn quiesce(&mut self, limit: Duration) -> Result<QuiesceReply, GuestError> {
+        let timeout_ms = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
+        within(limit + Duration::from_secs(10), self.client.quiesce(QuiesceRequest { timeout_ms })).await
+    }
+
+    /// Evaluates code in the warmed runtime. What went wrong in the code is in the reply.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn eval(&mut self, code: &str, limit: Duration) -> Result<EvalReply, GuestError> {
+        let timeout_ms = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
+        let request = EvalRequest { code: code.to_owned(), timeout_ms };
+        within(limit + Duration::from_secs(10), self.client.eval(request)).await
+    }
+
+    /// What services and the runtime wrote; with `follow` the stream goes on until it is dropped.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn logs(&mut self, follow: bool) -> Result<Streaming<LogChunk>, GuestError> {
+        Ok(self.client.logs(LogsRequest { follow }).await?.into_inner())
+    }
+
+    /// What a workload in the guest sees of itself, as JSON.
+    ///
+    /// # Errors
+    /// [`GuestError`].
+    pub async fn facts(&mut self) -> Result<Vec<u8>, GuestError> {
+        exec::collect(&mut self.client, guest_api::proto::exec_start::What::Facts(true), 64 * 1024).await
+    }
+
+    pub(crate) fn client(&mut self) -> &mut AgentClient<Channel> {
+        &mut self.client
+    }
+}
+
+async fn within<T>(
+    limit: Duration,
+    call: impl Future<Output = Result<tonic::Response<T>, Status>>,
+) -> Result<T, GuestError> {
+    let reply = timeout(limit, call).await.map_err(|_| GuestError::Timeout(limit))?;
+    Ok(reply?.into_inner())
+}
+
+/// The first channel that no other process holds, with its lock.
+fn free_channel(dir: &Path) -> Result<Option<(usize, File)>, GuestError> {
+    for number in 0..CONTROL_CHANNELS {
+        let path = dir.join(format!("ctl.{number}.lock"));
+        let lock = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path);
+        let lock = match lock {
+            Ok(lock) => lock,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(GuestError::NotRunning),
+            Err(error) => return Err(error.into()),
+        };
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(Some((number, lock))),
+            Err(rustix::io::Errno::WOULDBLOCK) => {}
+            Err(error) => return Err(GuestError::Local(error.into())),
+        }
+    }
+    Ok(None)
+}
+
+async fn open_socket(dir: &Path, number: usize) -> Result<UnixStream, GuestError> {
+    // Through a descriptor, because a socket's path has at most 107 bytes.
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let dir = rustix::fs::open(dir, flags, Mode::empty()).map_err(io::Error::from)?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}/ctl.{number}.sock", dir.as_raw_fd()));
+    UnixStream::connect(path).await.map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => GuestError::NotRunning,
+        _ => GuestError::Local(error),
+    })
+}
+
+/// HTTP/2 over the session's one stream. No keep-alive: an idle guest must cost nothing.
+async fn http2(stream: DuplexStream, deadline: Instant, limit: Duration) -> Result<Channel, GuestError> {
+    // A connector is asked for a stream each time a connection is wanted; there is one.
+    let stream = Arc::new(Mutex::new(Some(stream)));
+    let connector = tower::service_fn(move |_| {
+        let taken = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
+        async move { taken.map(TokioIo::new).ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected)) }
+    });
+    let endpoint = Endpoint::from_static("http://guest");
+    let left = deadline.saturating_duration_since(Instant::now());
+    timeout(left, endpoint.connect_with_connector(connector))
+        .await
+        .map_err(|_| GuestError::Timeout(limit))?
+        .map_err(|error| GuestError::Transport(error.to_string()))
+}
+
+fn fresh_session() -> Result<u64, GuestError> {
+    let mut bytes = [0; 8];
+    getrandom::fill(&mut bytes).map_err(|error| GuestError::Local(io::Error::other(error.to_string())))?;
+    Ok(u64::from_le_bytes(bytes))
+}
