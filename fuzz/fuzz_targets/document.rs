@@ -1,0 +1,12 @@
+//! An identity document.
+#![no_main]
+
+use identity::Document;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    if let Ok(document) = Document::from_json(bytes) {
+        let again = Document::from_json(document.to_json().expose()).expect("our own document");
+        assert!(again.to_json() == document.to_json());
+    }
+});
