@@ -93,16 +93,13 @@ impl Ack {
     #[must_use]
     pub fn to_line(&self, key: &AckKey) -> String {
         let mut line = format!("{PREFIX} stage={} mailbox={} fork={}", self.stage.as_str(), self.mailbox, self.fork);
-        if !self.steps.is_empty() {
-            line.push_str(" steps=");
-            for (index, step) in self.steps.iter().enumerate() {
-                let comma = if index == 0 { "" } else { "," };
-                let text = format!("{comma}{}:{}:{}", encode(&step.name), encode(&step.outcome), step.micros);
-                if line.len() + text.len() > MAX_LINE - 1024 {
-                    break;
-                }
-                line.push_str(&text);
+        for (index, step) in self.steps.iter().enumerate() {
+            let before = if index == 0 { " steps=" } else { "," };
+            let text = format!("{before}{}:{}:{}", encode(&step.name), encode(&step.outcome), step.micros);
+            if line.len() + text.len() > MAX_LINE - 1024 {
+                break;
             }
+            line.push_str(&text);
         }
         if let Some(reason) = &self.reason {
             let short: String = reason.chars().take(200).collect();

@@ -109,6 +109,13 @@ fn the_longest_ack_stays_within_its_line() {
     assert!(!read.steps.is_empty() && read.reason.is_some());
 }
 
+#[test]
+fn a_first_step_too_long_for_the_line_is_left_out_whole() {
+    let step = Step { name: "hook".into(), outcome: "x".repeat(MAX_LINE), micros: 1 };
+    let line = Ack { steps: vec![step], ..ack("foo") }.to_line(&key().for_mailbox(&name("foo")));
+    assert_eq!(parse(line.as_bytes()).unwrap().steps, []);
+}
+
 proptest! {
     #[test]
     fn a_line_reads_back_as_it_was_written(
