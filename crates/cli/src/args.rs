@@ -1,0 +1,361 @@
+//! What can be typed. Everything that has a form is parsed here, at the door; what would put a secret into an error
+//! message (clap repeats what it refuses) is taken as text and parsed by the verb.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use identity::{ForkName, MailboxName, Tag};
+
+use crate::values;
+
+/// Fork a warm sandbox: every fork wakes up as itself.
+#[derive(Debug, Parser)]
+#[command(
+    name = "offshoot",
+    version,
+    propagate_version = true,
+    disable_help_subcommand = true,
+    max_term_width = 100,
+    after_help = "\
+Begin with:
+  offshoot doctor                        what this machine can do
+  offshoot build python --tag py         a template: booted, numpy imported, captured
+  offshoot fork py -n 10                 ten sandboxes, each with an identity of its own
+  offshoot eval py-… -- 'import random; random.random()'
+
+Exit codes: 0 done · 1 failed · 2 wrong usage · exec: the command's own, 124 after --timeout, 125 if offshoot failed
+Colour: off with NO_COLOR or CLICOLOR=0, or where the output is no terminal
+Places: OFFSHOOT_DATA_DIR (templates), OFFSHOOT_STATE_DIR (forks), OFFSHOOT_CACHE_DIR (kernels, root images)"
+)]
+pub struct Cli {
+    /// Print JSON instead of text; errors too (docs/json.md has every field)
+    #[arg(long, global = true)]
+    pub json: bool,
+
+    /// Print results and errors only
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a template: boot, warm up, freeze, capture
+    Build(Build),
+    /// List templates
+    Templates,
+    /// Remove a template
+    Rmi(Rmi),
+    /// List the mailboxes of a template, which `fork --mailbox` can write to
+    Mailboxes(OfTemplate),
+    /// Fork a template; each fork has its identity before any of its workload runs
+    Fork(Box<Fork>),
+    /// List forks
+    Ls,
+    /// Print everything known of a fork (no secret is)
+    Inspect(OfFork),
+    /// Run a command in a fork
+    Exec(Exec),
+    /// Evaluate code in the warmed runtime of a fork
+    Eval(Eval),
+    /// Ask a fork whether it is well
+    Ping(OfFork),
+    /// Copy a file or a folder into a fork or out of it
+    Cp(Cp),
+    /// Print what the services and the runtime of a fork wrote
+    Logs(Logs),
+    /// End forks and remove what they had
+    Kill(Kill),
+    /// Fork a template and prove that no two forks share anything
+    Verify(Verify),
+    /// Measure how long forks take, step by step
+    Bench(Bench),
+    /// Find what a crash left behind; remove it with --yes
+    Cleanup(Cleanup),
+    /// Say what this machine can do, and what to do about the rest
+    Doctor,
+    /// Print a completion script for a shell
+    Completions(Completions),
+    /// Print the version
+    Version,
+}
+
+/// `build`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  offshoot build python --tag py
+  offshoot build busybox --tag tiny --memory 128M
+  offshoot build ./my-recipe --tag web --vcpus 2
+  offshoot build ./rootfs.tar --tag mine        a root file system of your own")]
+pub struct Build {
+    /// A recipe by name (python, busybox), a recipe's folder, or a root file system (folder, tar, OCI layout)
+    #[arg(value_name = "RECIPE|DIR")]
+    pub recipe: String,
+    /// Name of the template; one that exists is never replaced (see rmi)
+    #[arg(long, value_name = "TAG")]
+    pub tag: Tag,
+    /// Guest memory, for example 512M or 1G [default: the recipe's]
+    #[arg(long, value_name = "SIZE", value_parser = values::size)]
+    pub memory: Option<u64>,
+    /// Virtual CPUs [default: the recipe's]
+    #[arg(long, value_name = "N")]
+    pub vcpus: Option<u32>,
+    /// Guest kernel [default: the distribution's, unpacked into the cache]
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// What executes the guest [default: kvm where a probe shows that it works, else tcg]
+    #[arg(long, value_name = "ACCEL")]
+    pub accel: Option<AccelArg>,
+}
+
+/// What executes the guest's code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum AccelArg {
+    /// Hardware virtualisation
+    Kvm,
+    /// Emulation
+    Tcg,
+}
+
+/// `rmi`
+#[derive(Debug, Args)]
+#[command(after_help = "Forks that were made of it live on.\n\nExample:\n  offshoot rmi py")]
+pub struct Rmi {
+    /// The template
+    #[arg(value_name = "TAG")]
+    pub tag: Tag,
+}
+
+/// Verbs about one template.
+#[derive(Debug, Args)]
+pub struct OfTemplate {
+    /// The template
+    #[arg(value_name = "TAG")]
+    pub tag: Tag,
+}
+
+/// Verbs about one fork.
+#[derive(Debug, Args)]
+pub struct OfFork {
+    /// The fork: its name, its id, or the first 6 digits or more of its id
+    #[arg(value_name = "FORK")]
+    pub fork: String,
+}
+
+/// `fork`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  offshoot fork py -n 10
+  offshoot fork py --name worker -n 3                     worker-1, worker-2, worker-3
+  offshoot fork py --env REGION=eu --secret API_KEY=env:API_KEY
+  offshoot fork py --secret TLS_KEY=@key.pem --file /etc/app.toml=@app.toml:0600
+  offshoot fork web --mailbox app:config='{\"shard\":7}' --wait-ack app:config
+
+A secret is read from a file or a variable, because everybody on this machine can read the arguments of a
+command. In the fork it is a file of mode 0400 under the identity directory, never in its environment.")]
+pub struct Fork {
+    /// The template
+    #[arg(value_name = "TAG")]
+    pub tag: Tag,
+    /// How many
+    #[arg(short = 'n', long = "count", value_name = "N", default_value_t = 1)]
+    pub count: usize,
+    /// Name, also the host name; with -n, -1, -2… are appended [default: made of TAG and the id]
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<ForkName>,
+    /// Variable for everything that runs in the fork (repeatable)
+    #[arg(short, long, value_name = "K=V")]
+    pub env: Vec<String>,
+    /// Label; shown by `ls` and `inspect`, and told to the fork (repeatable)
+    #[arg(short, long, value_name = "K=V")]
+    pub label: Vec<String>,
+    /// Secret, from a file or a variable of this command (repeatable)
+    #[arg(long, value_name = "K=@FILE|K=env:VAR")]
+    pub secret: Vec<String>,
+    /// File to write before the workload runs; :MODE is octal, 0644 by default (repeatable)
+    #[arg(long, value_name = "PATH=@FILE[:MODE]")]
+    pub file: Vec<String>,
+    /// Payload for a mailbox, a JSON object (repeatable; `offshoot mailboxes TAG` lists them)
+    #[arg(long, value_name = "NAME=JSON|NAME=@FILE")]
+    pub mailbox: Vec<String>,
+    /// Token of a mailbox that was planted with one (repeatable)
+    #[arg(long, value_name = "NAME=@FILE|NAME=env:VAR")]
+    pub mailbox_token: Vec<String>,
+    /// Wait until this mailbox's owner has acknowledged its payload (repeatable)
+    #[arg(long, value_name = "NAME")]
+    pub wait_ack: Vec<MailboxName>,
+    /// How long to wait for those acks, up to 30000; 0 is the default of 5000
+    #[arg(long, value_name = "MS", default_value_t = 0, allow_negative_numbers = true)]
+    pub ack_timeout_ms: i64,
+    /// Most memory of the workload, for example 256M
+    #[arg(long, value_name = "SIZE", value_parser = values::size)]
+    pub memory_limit: Option<u64>,
+    /// Most CPU time, in CPUs: 0.5, 1.5
+    #[arg(long, value_name = "N", value_parser = values::cpu_millis)]
+    pub cpus: Option<u64>,
+    /// Most processes and threads of the workload
+    #[arg(long, value_name = "N")]
+    pub pids: Option<u64>,
+}
+
+/// `exec`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  offshoot exec worker-1 -- uname -a
+  offshoot exec worker-1 -i -t -- sh
+  tar c src | offshoot exec worker-1 -i -w /tmp -- tar x
+  offshoot exec worker-1 --timeout 10 -e DEBUG=1 -- ./job
+
+The exit code is the command's; 124 if --timeout ended it; 125 if offshoot itself failed.")]
+pub struct Exec {
+    /// The fork: its name, its id, or the first 6 digits or more of its id
+    #[arg(value_name = "FORK")]
+    pub fork: String,
+    /// Pass standard input on
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Give the command a terminal
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Variable for the command (repeatable)
+    #[arg(short, long, value_name = "K=V")]
+    pub env: Vec<String>,
+    /// Working directory
+    #[arg(short, long, value_name = "DIR")]
+    pub workdir: Option<String>,
+    /// User name, or UID[:GID]
+    #[arg(short, long, value_name = "USER")]
+    pub user: Option<String>,
+    /// End the command after this many seconds
+    #[arg(long, value_name = "S", value_parser = values::seconds, allow_negative_numbers = true)]
+    pub timeout: Option<Duration>,
+    /// The command and its arguments, after --
+    #[arg(value_name = "CMD", required = true, last = true)]
+    pub command: Vec<String>,
+}
+
+/// `eval`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  offshoot eval worker-1 -- 'numpy.random.random()'
+  echo 'print(1); 2' | offshoot eval worker-1 -
+
+What the code printed comes first, then its value. An exception goes to standard error with its stack; exit code 1.")]
+pub struct Eval {
+    /// The fork: its name, its id, or the first 6 digits or more of its id
+    #[arg(value_name = "FORK")]
+    pub fork: String,
+    /// The code, or - to read it from standard input
+    #[arg(value_name = "CODE|-")]
+    pub source: Option<String>,
+    /// Give up after this many seconds
+    #[arg(long, value_name = "S", value_parser = values::seconds, default_value = "60", allow_negative_numbers = true)]
+    pub timeout: Duration,
+    /// The code, after --
+    #[arg(value_name = "CODE", last = true, conflicts_with = "source")]
+    pub code: Vec<String>,
+}
+
+/// `cp`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  offshoot cp data.csv worker-1:/tmp/
+  offshoot cp worker-1:/var/log ./logs
+
+A local name with a colon needs a slash before it: ./a:b")]
+pub struct Cp {
+    /// From: a local path, or FORK:PATH
+    #[arg(value_name = "SRC", value_parser = values::place)]
+    pub source: values::Place,
+    /// To: a local path, or FORK:PATH
+    #[arg(value_name = "DST", value_parser = values::place)]
+    pub destination: values::Place,
+}
+
+/// `logs`
+#[derive(Debug, Args)]
+pub struct Logs {
+    /// The fork: its name, its id, or the first 6 digits or more of its id
+    #[arg(value_name = "FORK")]
+    pub fork: String,
+    /// Go on with what is written from now on
+    #[arg(short, long)]
+    pub follow: bool,
+}
+
+/// `kill`
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  offshoot kill worker-1 worker-2\n  offshoot kill --all")]
+pub struct Kill {
+    /// The forks, by name or id; one that has died already is just removed
+    #[arg(value_name = "FORK", required_unless_present = "all", conflicts_with = "all")]
+    pub forks: Vec<String>,
+    /// All of them
+    #[arg(long)]
+    pub all: bool,
+}
+
+/// `verify`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Compares everything that must differ: all pairs of forks, and each fork with the template.
+Exit code 1 if any two share anything. The forks are removed again.")]
+pub struct Verify {
+    /// The template
+    #[arg(value_name = "TAG")]
+    pub tag: Tag,
+    /// How many forks to compare
+    #[arg(short = 'n', long = "count", value_name = "N", default_value_t = 3)]
+    pub count: usize,
+}
+
+/// `bench`
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  offshoot bench py -n 1,10,50 --rounds 5")]
+pub struct Bench {
+    /// The template
+    #[arg(value_name = "TAG")]
+    pub tag: Tag,
+    /// How many at once, one or more numbers
+    #[arg(short = 'n', long = "at-once", value_name = "N,N…", value_delimiter = ',', default_value = "1,10",
+          value_parser = values::at_least_one)]
+    pub at_once: Vec<usize>,
+    /// Rounds of each
+    #[arg(long, value_name = "R", default_value = "5", value_parser = values::at_least_one)]
+    pub rounds: usize,
+}
+
+/// `cleanup`
+#[derive(Debug, Args)]
+#[command(after_help = "Nothing that lives and nothing that offshoot did not make is ever touched.")]
+pub struct Cleanup {
+    /// Remove what was found; without it, only say what would be removed
+    #[arg(long)]
+    pub yes: bool,
+}
+
+/// `completions`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  offshoot completions bash > ~/.local/share/bash-completion/completions/offshoot
+  offshoot completions fish > ~/.config/fish/completions/offshoot.fish
+  offshoot completions zsh > \"${fpath[1]}/_offshoot\"")]
+pub struct Completions {
+    /// The shell
+    #[arg(value_name = "SHELL")]
+    pub shell: Shell,
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,75 @@
+//! `cleanup`: a dry run unless `--yes`.
+
+use host::cleanup::{self, Leftover, Plan};
+use serde_json::{Value, json};
+
+use super::{Failures, Outcome, open};
+use crate::{
+    args::Cleanup,
+    error::Failure,
+    output::{
+        Output, PrintError, format,
+        table::{Column, Table},
+    },
+};
+
+pub fn run(args: &Cleanup, output: &Output) -> Outcome {
+    let (home, store) = open()?;
+    let plan = cleanup::plan(&home, &store).map_err(|error| {
+        Failure::of("cleanup_failed", &error).with_next("check the directories that `offshoot --help` names")
+    })?;
+    let mut failures = Failures::default();
+    let mut removed = Vec::new();
+    if args.yes {
+        for leftover in &plan.leftovers {
+            match cleanup::carry_out(&home, leftover) {
+                Ok(()) => removed.push(leftover),
+                Err(error) => failures.push(leftover.path.display().to_string(), Failure::of("cleanup_failed", &error)),
+            }
+        }
+    }
+    if output.json {
+        let found = |leftover: &Leftover| {
+            json!({
+                "what": leftover.what,
+                "reason": leftover.reason,
+                "path": leftover.path,
+                "removed": removed.contains(&leftover),
+            })
+        };
+        output.document(&json!({
+            "dry_run": !args.yes,
+            "leftovers": plan.leftovers.iter().map(found).collect::<Vec<Value>>(),
+            "being_made": plan.being_made,
+            "foreign": plan.foreign,
+            "failed": failures.to_json("path"),
+        }))?;
+    } else {
+        print(args, &plan, removed.len(), output)?;
+    }
+    failures.finish(plan.leftovers.len(), "leftovers could not be removed")?;
+    Ok(0)
+}
+
+fn print(args: &Cleanup, plan: &Plan, removed: usize, output: &Output) -> Result<(), PrintError> {
+    let mut table = Table::new(&[Column::text("WHAT"), Column::text("WHY"), Column::text("WHERE")]);
+    for leftover in &plan.leftovers {
+        table.row([leftover.what.as_str(), &leftover.reason, &leftover.path.display().to_string()]);
+    }
+    if !table.is_empty() {
+        output.table(&table)?;
+    }
+    for path in &plan.being_made {
+        output.note(&format!("left alone, it is being made: {}", path.display()));
+    }
+    for path in &plan.foreign {
+        output.note(&format!("left alone, it is not offshoot's: {}", path.display()));
+    }
+    let found = format::count(plan.leftovers.len(), "leftover");
+    match (args.yes, plan.leftovers.is_empty()) {
+        (_, true) => output.note("nothing to clean up"),
+        (false, false) => output.note(&format!("{found}; nothing was removed: `offshoot cleanup --yes` does")),
+        (true, false) => output.note(&format!("removed {removed} of {found}")),
+    }
+    Ok(())
+}

@@ -1,0 +1,160 @@
+//! `fork`
+
+use std::{collections::BTreeMap, time::Duration};
+
+use host::{
+    ForkRecord, ForkRequest, LimitRequest, MailboxRequest, engines,
+    fork::{self, ForkError},
+};
+use identity::{MailboxName, Secret};
+use serde_json::json;
+
+use super::{Failures, Outcome, open};
+use crate::{
+    args::Fork,
+    assignments::{self, AssignmentError},
+    output::{
+        Output, format,
+        table::{Column, Table},
+    },
+};
+
+pub fn run(args: &Fork, output: &Output) -> Outcome {
+    // Everything about the arguments first: nothing is begun for a request that is not valid.
+    let request = request(args)?;
+    let (home, store) = open()?;
+    let template = store.get(&args.tag)?;
+    let engine = engines::for_template(template.manifest())?;
+    let results = fork::fork(&home, &engine, &template, &request)?;
+
+    let mut failures = Failures::default();
+    let mut made = Vec::new();
+    for (index, result) in results.into_iter().enumerate() {
+        made.extend(failures.add::<ForkRecord, ForkError>(&format!("fork {}", index + 1), result));
+    }
+    print(&made, &failures, output)?;
+    failures.finish(request.count, "forks could not be made")?;
+    Ok(0)
+}
+
+fn print(made: &[ForkRecord], failures: &Failures, output: &Output) -> Result<(), crate::output::PrintError> {
+    if output.json {
+        return output.document(&json!({ "forks": made, "failed": failures.to_json("fork") }));
+    }
+    if output.quiet {
+        return made.iter().try_for_each(|record| output.line(record.name.as_str()));
+    }
+    if made.is_empty() {
+        return Ok(());
+    }
+    let mut table = Table::new(&[
+        Column::whole("NAME"),
+        Column::text("ID"),
+        Column::number("MS TO IDENTITY"),
+        Column::text("ENGINE"),
+    ]);
+    for record in made {
+        table.row([
+            record.name.to_string(),
+            record.id.to_string(),
+            format::millis(record.acked_micros),
+            format!("{} {}", record.engine.name, record.engine.accel),
+        ]);
+    }
+    output.table(&table)
+}
+
+fn request(args: &Fork) -> Result<ForkRequest, AssignmentError> {
+    Ok(ForkRequest {
+        count: args.count,
+        name: args.name.clone(),
+        labels: assignments::labels(&args.label)?,
+        env: assignments::variables(&args.env)?,
+        secrets: assignments::secrets(&args.secret)?,
+        files: assignments::files(&args.file)?,
+        mailboxes: mailboxes(args)?,
+        limits: LimitRequest { memory: args.memory_limit, cpu_millis: args.cpus, pids: args.pids },
+    })
+}
+
+fn mailboxes(args: &Fork) -> Result<Vec<MailboxRequest>, AssignmentError> {
+    let millis =
+        u64::try_from(args.ack_timeout_ms).map_err(|_| AssignmentError::NegativeAckTimeout(args.ack_timeout_ms))?;
+    let payloads = assignments::payloads(&args.mailbox)?;
+    let mut tokens = assignments::tokens(&args.mailbox_token)?;
+    let known = |option, name: &MailboxName| match payloads.contains_key(name) {
+        true => Ok(()),
+        false => Err(AssignmentError::NoPayload { option, name: name.clone() }),
+    };
+    args.wait_ack.iter().try_for_each(|name| known("--wait-ack", name))?;
+    tokens.keys().try_for_each(|name| known("--mailbox-token", name))?;
+    Ok(requests(payloads, &mut tokens, &args.wait_ack, Duration::from_millis(millis)))
+}
+
+fn requests(
+    payloads: BTreeMap<MailboxName, Secret>,
+    tokens: &mut BTreeMap<MailboxName, Secret>,
+    wait_ack: &[MailboxName],
+    ack_timeout: Duration,
+) -> Vec<MailboxRequest> {
+    let request = |(name, payload): (MailboxName, Secret)| MailboxRequest {
+        token: tokens.remove(&name),
+        wait_ack: wait_ack.contains(&name),
+        name,
+        payload,
+        ack_timeout,
+    };
+    payloads.into_iter().map(request).collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::{
+        args::{Cli, Command},
+        error::Coded,
+    };
+
+    fn parse(line: &[&str]) -> Result<ForkRequest, AssignmentError> {
+        let cli = Cli::try_parse_from([&["offshoot", "fork", "py"], line].concat()).unwrap();
+        let Command::Fork(args) = cli.command else { panic!("another verb") };
+        request(&args)
+    }
+
+    #[test]
+    fn a_negative_ack_timeout_is_a_typed_error() {
+        assert_eq!(parse(&["--ack-timeout-ms", "-1"]).unwrap_err().code(), "negative_ack_timeout");
+        assert!(parse(&["--ack-timeout-ms", "0"]).is_ok());
+    }
+
+    #[test]
+    fn an_ack_or_a_token_needs_a_payload() {
+        for option in [["--wait-ack", "app"], ["--mailbox-token", "app=env:PATH"]] {
+            assert_eq!(parse(&option).unwrap_err().code(), "mailbox_without_payload");
+        }
+    }
+
+    #[test]
+    fn mailboxes_get_their_own_token_and_wait() {
+        let request = parse(&[
+            "--mailbox",
+            "a={}",
+            "--mailbox",
+            "b={\"x\":1}",
+            "--wait-ack",
+            "b",
+            "--mailbox-token",
+            "a=env:PATH",
+            "--ack-timeout-ms",
+            "700",
+        ])
+        .unwrap();
+        let [a, b] = request.mailboxes.as_slice() else { panic!("not two") };
+        assert!(a.token.is_some() && !a.wait_ack && b.token.is_none() && b.wait_ack);
+        assert_eq!(b.ack_timeout, Duration::from_millis(700));
+        assert_eq!(b.payload.expose(), b"{\"x\":1}");
+    }
+}

@@ -1,0 +1,268 @@
+//! The typed code of every error that reaches the command line. Codes are stable: programs rely on them.
+//!
+//! Errors of the verbs' own level are listed case by case, so that a new case needs a decision here; of deeper ones the
+//! kind is enough.
+
+use engine::{DeliverError, EngineError};
+use host::{
+    acks::AckWaitError,
+    build::BuildError,
+    fork::ForkError,
+    forks::ForksError,
+    guest::{CopyError, GuestError},
+    home::HomeError,
+    limits::LimitError,
+    recipe::RecipeError,
+    request::RequestError,
+    verify::VerifyError,
+};
+use store::StoreError;
+
+use super::{Coded, FAILED, USAGE};
+use crate::output::PrintError;
+
+impl Coded for PrintError {
+    fn code(&self) -> &'static str {
+        "output_failed"
+    }
+}
+
+impl Coded for HomeError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::NoHome => "no_home",
+            Self::Make { .. } => "directory_unusable",
+        }
+    }
+}
+
+impl Coded for StoreError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::NotFound { .. } => "template_not_found",
+            Self::Exists { .. } => "template_exists",
+            Self::Locked { .. } => "template_locked",
+            Self::Broken { .. } => "template_broken",
+            Self::File { .. } => "store_failed",
+        }
+    }
+
+    fn next(&self) -> Option<String> {
+        matches!(self, Self::File { .. }).then(|| "offshoot doctor".into())
+    }
+}
+
+impl Coded for EngineError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Missing { .. } => "engine_missing",
+            Self::Timeout { .. } => "engine_timeout",
+            _ => "engine_failed",
+        }
+    }
+
+    fn next(&self) -> Option<String> {
+        (!matches!(self, Self::Missing { .. })).then(|| "offshoot doctor".into())
+    }
+}
+
+impl Coded for DeliverError {
+    fn code(&self) -> &'static str {
+        "delivery_failed"
+    }
+
+    fn next(&self) -> Option<String> {
+        Some("offshoot doctor".into())
+    }
+}
+
+impl Coded for LimitError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::NotPossible { .. } => "limit_not_possible",
+        }
+    }
+}
+
+impl Coded for AckWaitError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Failed { .. } => "identity_refused",
+            Self::Timeout { .. } => "ack_timeout",
+            Self::Ended(_) => "fork_ended",
+            Self::Flood => "ack_flood",
+            Self::Stream(_) => "ack_channel_failed",
+        }
+    }
+}
+
+impl Coded for RequestError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Range { .. } => "out_of_range",
+            Self::NameTooLong(_) => "name_too_long",
+            Self::TooManyMailboxes(_) => "too_many_mailboxes",
+            Self::MailboxTwice(_) => "mailbox_twice",
+            Self::MailboxReserved(_) => "mailbox_reserved",
+            Self::MailboxUnknown { .. } => "mailbox_unknown",
+            Self::MailboxAmbiguous { .. } => "mailbox_ambiguous",
+            Self::MailboxToken(_) => "mailbox_token_mismatch",
+            Self::NotAnObject(_) => "payload_not_an_object",
+            Self::PayloadTooLong { .. } => "payload_too_long",
+            Self::IdentityTooLong { .. } => "identity_too_long",
+            Self::Field { .. } => "invalid_field",
+        }
+    }
+
+    fn exit(&self) -> u8 {
+        match self {
+            // What only this template lacks is no wrong usage.
+            Self::MailboxUnknown { .. }
+            | Self::MailboxAmbiguous { .. }
+            | Self::MailboxToken(_)
+            | Self::PayloadTooLong { .. }
+            | Self::IdentityTooLong { .. } => FAILED,
+            _ => USAGE,
+        }
+    }
+}
+
+impl Coded for ForkError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Request(error) => error.code(),
+            Self::NameTaken(_) => "name_taken",
+            Self::NotSupported { .. } => "not_supported",
+            Self::Incompatible { .. } => "template_incompatible",
+            Self::Limit(error) => error.code(),
+            Self::Engine(error) => error.code(),
+            Self::Deliver(error) => error.code(),
+            Self::Ack(error) => error.code(),
+            Self::State { .. } => "state_failed",
+            Self::Random(_) => "no_random_bytes",
+            Self::Name(_) => "invalid_name",
+        }
+    }
+
+    fn exit(&self) -> u8 {
+        if let Self::Request(error) = self { error.exit() } else { FAILED }
+    }
+
+    fn next(&self) -> Option<String> {
+        match self {
+            Self::Engine(error) => error.next(),
+            Self::Deliver(error) => error.next(),
+            Self::State { .. } | Self::Random(_) => Some("offshoot doctor".into()),
+            _ => None,
+        }
+    }
+}
+
+impl Coded for ForksError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::NotFound(_) => "fork_not_found",
+            Self::Dead { .. } => "fork_dead",
+            Self::Kill { .. } => "kill_failed",
+            Self::State { .. } => "state_failed",
+        }
+    }
+
+    fn next(&self) -> Option<String> {
+        matches!(self, Self::Kill { .. }).then(|| "offshoot cleanup".into())
+    }
+}
+
+impl Coded for VerifyError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::TooFew(_) => "too_few_forks",
+            Self::Fork { source, .. } => source.code(),
+            Self::Refused(error) => error.code(),
+            Self::Guest { source, .. } => source.code(),
+            Self::Answer { .. } => "answer_unreadable",
+        }
+    }
+
+    fn exit(&self) -> u8 {
+        match self {
+            Self::TooFew(_) => USAGE,
+            Self::Refused(error) => error.exit(),
+            _ => FAILED,
+        }
+    }
+}
+
+impl Coded for RecipeError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::NotFound { .. } => "recipe_not_found",
+            Self::Read { .. } => "recipe_unreadable",
+            _ => "recipe_invalid",
+        }
+    }
+}
+
+impl Coded for BuildError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Recipe(error) => error.code(),
+            Self::Range { .. } => "out_of_range",
+            Self::Store(error) => error.code(),
+            Self::Kernel(_) => "kernel_unusable",
+            Self::RootImage(_) => "root_image_failed",
+            Self::Initramfs(_) => "initramfs_failed",
+            Self::Engine { source, .. } => source.code(),
+            Self::Guest { source, .. } => source.code(),
+            Self::NotArmed { .. } => "guest_not_armed",
+            Self::Scan(_) => "mailboxes_unusable",
+            Self::File { .. } => "build_file_failed",
+        }
+    }
+
+    fn exit(&self) -> u8 {
+        if matches!(self, Self::Range { .. }) { USAGE } else { FAILED }
+    }
+
+    fn next(&self) -> Option<String> {
+        match self {
+            Self::Store(error) => error.next(),
+            Self::Engine { source, .. } => source.next(),
+            Self::Kernel(_) | Self::RootImage(_) | Self::Initramfs(_) | Self::File { .. } => {
+                Some("offshoot doctor".into())
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Coded for GuestError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Busy => "channels_busy",
+            Self::NotRunning => "fork_not_running",
+            Self::Timeout(_) => "guest_timeout",
+            Self::Refused(_) => "guest_refused",
+            Self::Transport(_) => "connection_failed",
+            Self::Local(_) => "local_io_failed",
+        }
+    }
+
+    fn next(&self) -> Option<String> {
+        matches!(self, Self::NotRunning | Self::Timeout(_) | Self::Transport(_)).then(|| "offshoot ls".into())
+    }
+}
+
+impl Coded for CopyError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Guest(error) => error.code(),
+            Self::Local { .. } => "local_file_failed",
+            Self::Hostile { .. } => "hostile_archive",
+        }
+    }
+
+    fn next(&self) -> Option<String> {
+        if let Self::Guest(error) = self { error.next() } else { None }
+    }
+}
