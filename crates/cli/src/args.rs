@@ -14,7 +14,6 @@ use crate::values;
 #[command(
     name = "offshoot",
     version,
-    propagate_version = true,
     disable_help_subcommand = true,
     max_term_width = 100,
     after_help = "\
@@ -24,9 +23,12 @@ Begin with:
   offshoot fork py -n 10                 ten sandboxes, each with an identity of its own
   offshoot eval py-… -- 'import random; random.random()'
 
-Exit codes: 0 done · 1 failed · 2 wrong usage · exec: the command's own, 124 after --timeout, 125 if offshoot failed
-Colour: off with NO_COLOR or CLICOLOR=0, or where the output is no terminal
-Places: OFFSHOOT_DATA_DIR (templates), OFFSHOOT_STATE_DIR (forks), OFFSHOOT_CACHE_DIR (kernels, root images)"
+Exit codes:
+  0 done · 1 failed · 2 wrong usage
+  exec: the command's own; 124 after --timeout, 125 if offshoot itself failed
+Environment:
+  OFFSHOOT_DATA_DIR    templates             OFFSHOOT_CACHE_DIR   kernels and root images
+  OFFSHOOT_STATE_DIR   forks                 NO_COLOR, CLICOLOR=0   no colour"
 )]
 pub struct Cli {
     /// Print JSON instead of text; errors too (docs/json.md has every field)
@@ -158,8 +160,9 @@ Examples:
   offshoot fork py --secret TLS_KEY=@key.pem --file /etc/app.toml=@app.toml:0600
   offshoot fork web --mailbox app:config='{\"shard\":7}' --wait-ack app:config
 
-A secret is read from a file or a variable, because everybody on this machine can read the arguments of a
-command. In the fork it is a file of mode 0400 under the identity directory, never in its environment.")]
+A secret is read from a file or a variable, because everybody on this machine can read the
+arguments of a command. In the fork it is a file of mode 0400 under the identity directory,
+never in its environment.")]
 pub struct Fork {
     /// The template
     #[arg(value_name = "TAG")]
@@ -249,7 +252,8 @@ Examples:
   offshoot eval worker-1 -- 'numpy.random.random()'
   echo 'print(1); 2' | offshoot eval worker-1 -
 
-What the code printed comes first, then its value. An exception goes to standard error with its stack; exit code 1.")]
+What the code printed comes first, then its value. An exception goes to standard error with
+its stack; the exit code is 1 then.")]
 pub struct Eval {
     /// The fork: its name, its id, or the first 6 digits or more of its id
     #[arg(value_name = "FORK")]
