@@ -9,6 +9,7 @@
 //! | 124 | `exec`: the command ran into `--timeout` |
 //! | 125 | `exec`: offshoot itself failed |
 //! | other | `exec`: the command's own (128 + signal if a signal ended it) |
+//! | 128 + signal | a signal ended it |
 //! | 141 | the reader of standard output went away |
 
 pub mod codes;
@@ -94,6 +95,13 @@ impl Failure {
     #[must_use]
     pub fn usage(message: impl Into<String>) -> Self {
         Self { exit: USAGE, ..Self::new("usage", message) }
+    }
+
+    /// A signal asked to end.
+    #[must_use]
+    pub fn interrupted(signal: i32) -> Self {
+        let exit = u8::try_from(128 + signal).unwrap_or(FAILED);
+        Self { exit, ..Self::new("interrupted", "interrupted; nothing is left behind") }
     }
 
     /// From an error that has no code of its own.

@@ -6,6 +6,7 @@ mod assignments;
 mod commands;
 mod error;
 mod output;
+mod signals;
 mod terminal;
 mod usage;
 mod values;

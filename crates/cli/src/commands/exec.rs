@@ -6,10 +6,7 @@ use std::io::{self, IsTerminal};
 
 use host::guest::{Control, ExecOptions, ExecResult, GuestChannel, GuestError};
 use serde_json::json;
-use tokio::{
-    signal::unix::{Signal, SignalKind, signal},
-    sync::mpsc,
-};
+use tokio::sync::mpsc;
 
 use self::sink::{Heard, Sink, Stream};
 use super::{Outcome, block_on, connect};
@@ -18,6 +15,7 @@ use crate::{
     assignments,
     error::{EXEC_FAILED, Failure, TIMED_OUT},
     output::{Output, PrintError},
+    signals::{Caught, Signals},
     terminal::{self, RawMode},
 };
 
@@ -61,45 +59,12 @@ fn options(args: &Exec) -> Result<ExecOptions, Failure> {
     })
 }
 
-/// Signals that are meant for the command, or for us.
-struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-    hang_up: Signal,
-    resize: Signal,
-}
-
-enum Caught {
-    Number(i32),
-    Resize,
-}
-
-impl Signals {
-    fn new() -> io::Result<Self> {
-        Ok(Self {
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-            hang_up: signal(SignalKind::hangup())?,
-            resize: signal(SignalKind::window_change())?,
-        })
-    }
-
-    async fn next(&mut self) -> Caught {
-        tokio::select! {
-            _ = self.interrupt.recv() => Caught::Number(SignalKind::interrupt().as_raw_value()),
-            _ = self.terminate.recv() => Caught::Number(SignalKind::terminate().as_raw_value()),
-            _ = self.hang_up.recv() => Caught::Number(SignalKind::hangup().as_raw_value()),
-            _ = self.resize.recv() => Caught::Resize,
-        }
-    }
-}
-
 async fn drive(args: &Exec, options: ExecOptions, mut channel: GuestChannel, output: &Output) -> Outcome {
     let broken = |error: io::Error| Failure::of("terminal_failed", &error);
     let mut signals = Signals::new().map_err(broken)?;
     // Only now, so that errors before are shown in a sane terminal.
     let raw = args.tty && args.interactive && io::stdin().is_terminal();
-    let _raw_mode = raw.then(RawMode::enter).transpose().map_err(broken)?;
+    let _raw_mode = raw.then(|| RawMode::enter(io::stdin())).transpose().map_err(broken)?;
 
     let heard = Heard::default();
     let (controls, receiver) = mpsc::channel(QUEUE);

@@ -10,12 +10,13 @@ use host::{
 use super::{Outcome, block_on, open};
 use crate::{
     args::Verify,
-    error::FAILED,
+    error::{FAILED, Failure},
     output::{
         Output, PrintError, clean, format,
         progress::Reporter,
         table::{Column, Table},
     },
+    signals::Signals,
 };
 
 pub fn run(args: &Verify, output: &Output) -> Outcome {
@@ -24,8 +25,13 @@ pub fn run(args: &Verify, output: &Output) -> Outcome {
     let engine = engines::for_template(template.manifest())?;
     let mut reporter = Reporter::new(output);
     let verdict = block_on(async {
+        let mut signals = Signals::new().map_err(|error| Failure::of("runtime", &error))?;
         let mut show = |progress| reporter.show(&progress);
-        Ok(verify::verify(&home, &engine, &template, args.count, &mut show).await?)
+        tokio::select! {
+            verdict = verify::verify(&home, &engine, &template, args.count, &mut show) => Ok(verdict?),
+            // The forks go with the future that holds them: an interrupted verify leaves none behind.
+            number = signals.end() => Err(Failure::interrupted(number)),
+        }
     });
     drop(reporter);
     let verdict = verdict?;
