@@ -101,8 +101,8 @@ impl Prepared {
     /// Makes the console's file for the process and gives its number.
     pub(super) fn console(&mut self, dir: &Path) -> Result<RawFd, EngineError> {
         let path = dir.join(CONSOLE);
+        // For writing only: QEMU takes from its set the descriptor whose access mode is the one it wants.
         let console = OpenOptions::new()
-            .read(true)
             .write(true)
             .create(true)
             .truncate(true)
@@ -183,7 +183,9 @@ pub(super) fn launch(
         .map_err(|source| EngineError::Spawn { program: program.display().to_string(), source })?;
     let process = ProcessRef::of(child.id()).map_err(control)?;
     let mut guard = ChildGuard(Some(child));
-    drop(prepared.ack_machine);
+    // Our copies of what the process has now: as long as we held its listening sockets too, its end would not show.
+    let Prepared { ack_host, monitor: listener, channels, ack_machine, .. } = prepared;
+    drop((listener, channels, ack_machine));
 
     let qmp = match Qmp::start(monitor, START_LIMIT) {
         Ok(qmp) => qmp,
@@ -192,7 +194,7 @@ pub(super) fn launch(
             return Err(explain(error, dir, "starting"));
         }
     };
-    Ok(Qemu { process, qmp, ack: prepared.ack_host, child: guard.0.take(), dir: dir.to_owned() })
+    Ok(Qemu { process, qmp, ack: ack_host, child: guard.0.take(), dir: dir.to_owned() })
 }
 
 impl Qemu {
