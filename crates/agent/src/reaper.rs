@@ -13,7 +13,6 @@ use std::{
     time::Instant,
 };
 
-
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {

@@ -179,10 +179,13 @@ impl AgentState {
 }
 
 fn environment(recipe: &BTreeMap<String, String>, identity: Option<&Identity>) -> BTreeMap<String, String> {
-    let mut env: BTreeMap<String, String> =
-        [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("HOME", "/root"), ("LANG", "C.UTF-8")]
-            .map(|(name, value)| (name.to_owned(), value.to_owned()))
-            .into();
+    let mut env: BTreeMap<String, String> = [
+        ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
+        ("HOME", "/root"),
+        ("LANG", "C.UTF-8"),
+    ]
+    .map(|(name, value)| (name.to_owned(), value.to_owned()))
+    .into();
     env.extend(recipe.iter().map(|(name, value)| (name.clone(), value.clone())));
     // A recipe can not pretend to be a fork.
     env.retain(|name, _| !IDENTITY_VARIABLES.contains(&name.as_str()));

@@ -10,11 +10,7 @@ mod frame;
 
 pub use frame::{Decoder, Frame, Kind, MAX_PAYLOAD, encode};
 
-use std::{
-    collections::VecDeque,
-    io,
-    time::Duration,
-};
+use std::{collections::VecDeque, io, time::Duration};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream, ReadHalf, duplex, split},
@@ -28,6 +24,9 @@ use tokio::{
 
 /// Bytes that may wait between a session and its user, each way.
 pub const BUFFER: usize = 64 * 1024;
+
+/// How long an answer to a `Hello` is awaited before it is sent again. The guest answers each.
+const AGAIN: Duration = Duration::from_millis(1000);
 
 /// Opens a session from the host's side and returns its byte stream. `session` must be fresh and random. The stream ends when
 /// the guest's side does; dropping it ends the session.
@@ -44,7 +43,12 @@ pub async fn connect(stream: UnixStream, session: u64, limit: Duration) -> io::R
         writer.write_all(&bytes).await?;
         let mut buffer = vec![0; MAX_PAYLOAD];
         loop {
-            let count = reader.read(&mut buffer).await?;
+            let Ok(count) = timeout(AGAIN, reader.read(&mut buffer)).await else {
+                // An answer can be lost while the guest's driver has not heard yet that we are there.
+                writer.write_all(&bytes).await?;
+                continue;
+            };
+            let count = count?;
             if count == 0 {
                 return Err(io::Error::from(io::ErrorKind::UnexpectedEof));
             }

@@ -109,7 +109,9 @@ impl Waiter {
                 Ok(0) => return Err(AckWaitError::Ended(mailbox)),
                 Ok(count) => self.take(&buffer[..count])?,
                 Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Err(AckWaitError::Ended(mailbox)),
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
+                    return Err(AckWaitError::Ended(mailbox));
+                }
                 Err(error) => return Err(AckWaitError::Stream(error.to_string())),
             }
         }

@@ -15,8 +15,9 @@ use identity::ForkId;
 use store::Store;
 
 use crate::{
-    forks, limits,
+    forks,
     home::Home,
+    limits,
     record::{self, Entry},
 };
 
@@ -80,7 +81,9 @@ pub fn plan(home: &Home, store: &Store) -> io::Result<Plan> {
                 });
             }
             Entry::BeingMade(dir) => {
-                if let Some(id) = dir.file_name().and_then(|name| ForkId::parse(name.to_str()?.trim_start_matches(".new-")).ok()) {
+                if let Some(id) =
+                    dir.file_name().and_then(|name| ForkId::parse(name.to_str()?.trim_start_matches(".new-")).ok())
+                {
                     known.push(id);
                 }
                 plan.being_made.push(dir);
@@ -104,7 +107,8 @@ pub fn plan(home: &Home, store: &Store) -> io::Result<Plan> {
             None => plan.foreign.push(path),
             Some(id) if known.contains(&id) => {}
             // Made or removed while we looked: its directory decides, once more.
-            Some(id) if home.forks().join(id.as_str()).exists() || home.forks().join(format!(".new-{id}")).exists() => {}
+            Some(id) if home.forks().join(id.as_str()).exists() || home.forks().join(format!(".new-{id}")).exists() => {
+            }
             Some(id) => plan.leftovers.push(Leftover {
                 what: format!("name {}", path.file_name().unwrap_or_default().to_string_lossy()),
                 reason: format!("there is no fork {id}"),

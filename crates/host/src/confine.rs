@@ -56,7 +56,8 @@ mod tests {
 
     #[test]
     fn ids_stay_in_our_range_and_differ() {
-        let ids = ["00000000000000000000", "ffffffff000000000000"].map(|id| from_hex(ForkId::parse(id).unwrap().as_str()));
+        let ids =
+            ["00000000000000000000", "ffffffff000000000000"].map(|id| from_hex(ForkId::parse(id).unwrap().as_str()));
         assert_ne!(ids[0], ids[1]);
         assert!(ids.iter().all(|&id| (FIRST..FIRST + RANGE).contains(&id)));
         assert!(i32::try_from(FIRST + RANGE).is_ok());

@@ -2,7 +2,10 @@
 
 use std::{fs, path::Path};
 
-use engine::{Accel, Engine, qemu::{KvmState, QemuEngine}};
+use engine::{
+    Accel, Engine,
+    qemu::{KvmState, QemuEngine},
+};
 use serde::Serialize;
 
 use crate::{engines, home::Home, limits};
@@ -70,9 +73,11 @@ fn engine() -> Finding {
 fn acceleration(home: &Home) -> Finding {
     match engines::probe_kvm(home, newest_kernel(home).as_deref()) {
         KvmState::Works => ok("kvm", "a kernel boots on it; new templates use it".into()),
-        KvmState::Unusable(reason) => {
-            warn("kvm", format!("{reason}; new templates use emulation (tcg)"), "nothing, unless this machine has hardware virtualisation: then see its firmware settings and the permissions of /dev/kvm")
-        }
+        KvmState::Unusable(reason) => warn(
+            "kvm",
+            format!("{reason}; new templates use emulation (tcg)"),
+            "nothing, unless this machine has hardware virtualisation: then see its firmware settings and the permissions of /dev/kvm",
+        ),
     }
 }
 
@@ -128,7 +133,9 @@ fn user() -> Finding {
 fn space(home: &Home) -> Finding {
     let free = |path: &Path| rustix::fs::statvfs(path).map(|stat| stat.f_bavail * stat.f_frsize).ok();
     match free(&home.data) {
-        Some(bytes) if bytes >= 2 << 30 => ok("disk space", format!("{} GiB free in {}", bytes >> 30, home.data.display())),
+        Some(bytes) if bytes >= 2 << 30 => {
+            ok("disk space", format!("{} GiB free in {}", bytes >> 30, home.data.display()))
+        }
         Some(bytes) => warn(
             "disk space",
             format!("only {} MiB free in {}; a template takes about 500", bytes >> 20, home.data.display()),

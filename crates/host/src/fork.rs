@@ -15,7 +15,7 @@ use std::{
 
 use engine::{Confinement, DeliverError, Engine, EngineError, Letter, RestoreSpec, RunningVm};
 use identity::{
-    Action, AckKey, ClockNanos, Document, File, ForkId, ForkIdentity, ForkName, Limits, MailboxName, NameError, Secret,
+    AckKey, Action, ClockNanos, Document, File, ForkId, ForkIdentity, ForkName, Limits, MailboxName, NameError, Secret,
     document::{ENTROPY_LEN, FORMAT},
 };
 use memory::Mailbox;
@@ -44,7 +44,9 @@ pub enum ForkError {
     #[error("the name {0} is taken by another fork; see `offshoot ls`, or choose another with --name")]
     NameTaken(ForkName),
     /// The engine can not do what the request needs.
-    #[error("the {engine} engine can not write mailboxes; leave --mailbox out, or build the template with another engine")]
+    #[error(
+        "the {engine} engine can not write mailboxes; leave --mailbox out, or build the template with another engine"
+    )]
     NotSupported {
         /// The engine.
         engine: engine::EngineName,
@@ -102,9 +104,10 @@ pub fn fork(
     }
     check_compatible(engine, template)?;
     let letters = request.check(manifest)?;
-    let identity = manifest.mailboxes.iter().find(|mailbox| mailbox.name.as_str() == MailboxName::IDENTITY).ok_or_else(
-        || ForkError::Incompatible { tag: manifest.tag.clone(), reason: "it has no identity mailbox".into() },
-    )?;
+    let identity =
+        manifest.mailboxes.iter().find(|mailbox| mailbox.name.as_str() == MailboxName::IDENTITY).ok_or_else(|| {
+            ForkError::Incompatible { tag: manifest.tag.clone(), reason: "it has no identity mailbox".into() }
+        })?;
     let plan = Plan { home, engine, template, request, identity, letters };
     plan.check_size()?;
 

@@ -93,10 +93,7 @@ pub fn dir(home: &Home, record: &ForkRecord) -> PathBuf {
 /// [`ForksError`]; what is left can be removed by another try.
 pub fn kill(home: &Home, record: &ForkRecord) -> Result<(), ForksError> {
     let state = |step| move |source| ForksError::State { step, source };
-    record
-        .process
-        .kill(KILL_LIMIT)
-        .map_err(|source| ForksError::Kill { name: record.name.to_string(), source })?;
+    record.process.kill(KILL_LIMIT).map_err(|source| ForksError::Kill { name: record.name.to_string(), source })?;
     limits::remove(&record.cgroups, &record.id).map_err(state("removing the fork's control groups"))?;
     record::remove(home, &dir(home, record), &record.id).map_err(state("removing the fork's directory"))
 }

@@ -80,11 +80,11 @@ impl Home {
             (&names, 0o700, "OFFSHOOT_STATE_DIR"),
         ];
         for (path, mode, variable) in places {
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(mode)
-                .create(path)
-                .map_err(|source| HomeError::Make { path: path.to_owned(), variable, source })?;
+            fs::DirBuilder::new().recursive(true).mode(mode).create(path).map_err(|source| HomeError::Make {
+                path: path.to_owned(),
+                variable,
+                source,
+            })?;
         }
         Ok(self)
     }

@@ -5,10 +5,10 @@
 #![forbid(unsafe_code)]
 
 pub mod acks;
+pub mod bench;
 pub mod build;
 pub mod cleanup;
 pub mod confine;
-pub mod bench;
 pub mod doctor;
 pub mod engines;
 pub mod fault;

@@ -25,7 +25,9 @@ const CPU_PERIOD: u64 = 100_000;
 #[derive(Debug, Error)]
 pub enum LimitError {
     /// This host does not let us.
-    #[error("{option} was asked for, but this host does not let us limit {controller}: {reason}; run as root, or under `systemd-run --user --scope -p Delegate=yes`, or leave the option out")]
+    #[error(
+        "{option} was asked for, but this host does not let us limit {controller}: {reason}; run as root, or under `systemd-run --user --scope -p Delegate=yes`, or leave the option out"
+    )]
     NotPossible {
         /// The option.
         option: &'static str,
@@ -123,7 +125,10 @@ impl Drop for ForkCgroups {
 /// # Errors
 /// If one can not be removed.
 pub fn remove(groups: &[PathBuf], id: &ForkId) -> io::Result<()> {
-    for group in groups.iter().filter(|group| group.starts_with("/sys/fs/cgroup") && group.ends_with(Path::new("offshoot").join(id.as_str()))) {
+    for group in groups
+        .iter()
+        .filter(|group| group.starts_with("/sys/fs/cgroup") && group.ends_with(Path::new("offshoot").join(id.as_str())))
+    {
         match fs::remove_dir(group) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -181,7 +186,11 @@ fn find(controller: &str) -> Result<Place, String> {
             continue;
         };
         if kind == "cgroup" && options.split(',').any(|option| option == controller) {
-            return if root { Ok(Place::V1(target.into())) } else { Err("control groups of version 1 need root".into()) };
+            return if root {
+                Ok(Place::V1(target.into()))
+            } else {
+                Err("control groups of version 1 need root".into())
+            };
         }
         if kind == "cgroup2" {
             v2 = Some(PathBuf::from(target));

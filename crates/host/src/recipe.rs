@@ -355,9 +355,13 @@ fn parse(text: &str, name: &str, folder: &Folder<'_>) -> Result<Recipe, RecipeEr
     if !probes.is_empty() && runtime.is_none() {
         return Err(invalid(0..0, "probes are questions to the runtime, and there is no [runtime]".to_owned()));
     }
-    if probes.len() > MAX_PROBES || probes.iter().any(|(name, code)| name.is_empty() || name.len() > 64 || code.len() > 4096)
+    if probes.len() > MAX_PROBES
+        || probes.iter().any(|(name, code)| name.is_empty() || name.len() > 64 || code.len() > 4096)
     {
-        return Err(invalid(0..0, format!("at most {MAX_PROBES} probes with names up to 64 and code up to 4096 bytes")));
+        return Err(invalid(
+            0..0,
+            format!("at most {MAX_PROBES} probes with names up to 64 and code up to 4096 bytes"),
+        ));
     }
     Ok(Recipe {
         probes,

@@ -230,7 +230,8 @@ pub enum Entry {
 /// # Errors
 /// If the directory can not be read.
 pub fn entries(home: &Home) -> io::Result<Vec<Entry>> {
-    let mut names: Vec<_> = fs::read_dir(home.forks())?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<_>>()?;
+    let mut names: Vec<_> =
+        fs::read_dir(home.forks())?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<_>>()?;
     names.sort();
     Ok(names.iter().filter_map(|name| entry(home, &name.to_string_lossy())).collect())
 }
@@ -260,9 +261,13 @@ fn entry(home: &Home, name: &str) -> Option<Entry> {
     }
     match read_json::<ForkRecord>(&dir.join(RECORD)) {
         Ok(record) if record.id == id && record.format == ForkRecord::FORMAT => Some(Entry::Fork(Box::new(record))),
-        Ok(_) => Some(Entry::Leftover { dir, id, process: None, reason: "its record is another fork's or format's".into() }),
+        Ok(_) => {
+            Some(Entry::Leftover { dir, id, process: None, reason: "its record is another fork's or format's".into() })
+        }
         Err(_) if !dir.exists() => None,
-        Err(error) => Some(Entry::Leftover { dir, id, process: None, reason: format!("its record can not be read: {error}") }),
+        Err(error) => {
+            Some(Entry::Leftover { dir, id, process: None, reason: format!("its record can not be read: {error}") })
+        }
     }
 }
 

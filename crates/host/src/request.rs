@@ -103,7 +103,9 @@ pub enum RequestError {
         tag: String,
     },
     /// The template has this mailbox more than once.
-    #[error("mailbox {name} is ambiguous in this template: {reason}; build the template again with one program that plants it")]
+    #[error(
+        "mailbox {name} is ambiguous in this template: {reason}; build the template again with one program that plants it"
+    )]
     MailboxAmbiguous {
         /// The mailbox.
         name: MailboxName,
@@ -127,7 +129,9 @@ pub enum RequestError {
         capacity: usize,
     },
     /// The whole identity does not fit.
-    #[error("env, labels, secrets and files have {len} bytes together as JSON; a fork takes {capacity} (copy larger files with `offshoot cp`)")]
+    #[error(
+        "env, labels, secrets and files have {len} bytes together as JSON; a fork takes {capacity} (copy larger files with `offshoot cp`)"
+    )]
     IdentityTooLong {
         /// Bytes.
         len: usize,
@@ -179,7 +183,10 @@ impl ForkRequest {
         }
         for (key, value) in &self.labels {
             if !document::is_label(key) {
-                return field(format!("the label {key:?}"), "a key is 1 to 256 bytes without '=' and control characters");
+                return field(
+                    format!("the label {key:?}"),
+                    "a key is 1 to 256 bytes without '=' and control characters",
+                );
             }
             if value.len() > document::MAX_LABEL || value.chars().any(char::is_control) {
                 return field(format!("the value of label {key:?}"), "at most 256 bytes without control characters");
@@ -272,8 +279,12 @@ fn range(what: &'static str, given: u64, min: u64, max: u64) -> Result<(), Reque
 }
 
 fn unknown(name: &MailboxName, manifest: &Manifest) -> RequestError {
-    let mut known: Vec<&str> =
-        manifest.mailboxes.iter().filter(|mailbox| !mailbox.name.is_reserved()).map(|mailbox| mailbox.name.as_str()).collect();
+    let mut known: Vec<&str> = manifest
+        .mailboxes
+        .iter()
+        .filter(|mailbox| !mailbox.name.is_reserved())
+        .map(|mailbox| mailbox.name.as_str())
+        .collect();
     known.sort_unstable();
     let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
     RequestError::MailboxUnknown { name: name.clone(), known, tag: manifest.tag.to_string() }

@@ -69,9 +69,11 @@ impl ProcessMemory {
         })?;
         let mut covered = 0;
         for (range, _) in &mappings {
-            if range.start == covered {
-                covered = range.end;
+            // A second mapping of a part would show the guest other bytes than the ones written.
+            if range.start != covered {
+                return Err(PatchError::Mapping("its mappings overlap or leave gaps"));
             }
+            covered = range.end;
         }
         if covered != size {
             return Err(PatchError::Mapping("it does not cover the guest's memory"));
@@ -95,7 +97,9 @@ impl ProcessMemory {
         }
         let at = |address: u64, field: usize| address + field as u64;
         for (address, part) in &plan {
-            self.memory.write_all_at(part.tail.expose(), at(*address, offset::PAYLOAD_LEN)).map_err(PatchError::Write)?;
+            self.memory
+                .write_all_at(part.tail.expose(), at(*address, offset::PAYLOAD_LEN))
+                .map_err(PatchError::Write)?;
         }
         // Page 0 of each mailbox is what its reader waits for, so it is last.
         let filled = State::Filled.to_bytes();
@@ -133,18 +137,22 @@ impl ProcessMemory {
 
     fn address(&self, mailbox: &Mailbox, index: usize) -> Result<u64, PatchError> {
         let offset = mailbox.pages.get(index).copied().unwrap_or(u64::MAX);
-        let whole = |range: &Range<u64>| offset.is_multiple_of(PAGE_SIZE as u64) && range.contains(&offset) && range.end - offset >= PAGE_SIZE as u64;
-        self.mappings.iter().find(|(range, _)| whole(range)).map(|(range, start)| start + (offset - range.start)).ok_or_else(
-            || PatchError::Marker { name: mailbox.name.clone(), reason: "its place is outside of the memory".into() },
-        )
+        let whole = |range: &Range<u64>| {
+            offset.is_multiple_of(PAGE_SIZE as u64) && range.contains(&offset) && range.end - offset >= PAGE_SIZE as u64
+        };
+        self.mappings
+            .iter()
+            .find(|(range, _)| whole(range))
+            .map(|(range, start)| start + (offset - range.start))
+            .ok_or_else(|| PatchError::Marker {
+                name: mailbox.name.clone(),
+                reason: "its place is outside of the memory".into(),
+            })
     }
 }
 
 /// Mappings of a file in `/proc/PID/maps`, by offset. The file is known by device and inode, never by its name.
-fn private_mappings(
-    maps: &str,
-    is_the_file: impl Fn(&Mapping) -> bool,
-) -> Result<Vec<(Range<u64>, u64)>, PatchError> {
+fn private_mappings(maps: &str, is_the_file: impl Fn(&Mapping) -> bool) -> Result<Vec<(Range<u64>, u64)>, PatchError> {
     let mut mappings = Vec::new();
     for line in maps.lines() {
         let Some(mapping) = Mapping::parse(line) else { continue };

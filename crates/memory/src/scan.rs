@@ -151,8 +151,12 @@ pub fn find_mailboxes(file: &File, expected: &[ExpectedMailbox]) -> Result<Scan,
     }
     take_others(found, &mut scan);
     scan.mailboxes.sort_by(|a, b| a.name.cmp(&b.name));
-    let callers: Vec<&str> =
-        scan.mailboxes.iter().map(|mailbox| mailbox.name.as_str()).filter(|name| !name.starts_with("offshoot:")).collect();
+    let callers: Vec<&str> = scan
+        .mailboxes
+        .iter()
+        .map(|mailbox| mailbox.name.as_str())
+        .filter(|name| !name.starts_with("offshoot:"))
+        .collect();
     if callers.len() > MAX_CALLER_MAILBOXES {
         return Err(ScanError::TooMany { count: callers.len(), names: callers.join(", ") });
     }
@@ -274,7 +278,8 @@ mod tests {
         write(&file, 100, &pages);
         write(&file, 9, &arm(&name("app"), b"token", [1; 16], 100, false).unwrap());
         let scan = find_mailboxes(&file, &[expected]).unwrap();
-        let places: Vec<_> = scan.mailboxes.iter().map(|mailbox| (mailbox.name.as_str(), mailbox.pages.clone())).collect();
+        let places: Vec<_> =
+            scan.mailboxes.iter().map(|mailbox| (mailbox.name.as_str(), mailbox.pages.clone())).collect();
         let page = PAGE_SIZE as u64;
         assert_eq!(places, [("app", vec![9 * page]), ("offshoot:identity", vec![102 * page, 101 * page, 100 * page])]);
         assert!(scan.mailboxes[0].accepts_token(b"token"));
@@ -336,7 +341,11 @@ mod tests {
     fn i5_seventeen_mailboxes_are_one_too_many() {
         let file = image();
         for index in 0..17_u8 {
-            write(&file, u64::from(index), &arm(&name(&format!("m{index}")), b"t", [index + 1; 16], 10, false).unwrap());
+            write(
+                &file,
+                u64::from(index),
+                &arm(&name(&format!("m{index}")), b"t", [index + 1; 16], 10, false).unwrap(),
+            );
         }
         assert!(matches!(find_mailboxes(&file, &[]).unwrap_err(), ScanError::TooMany { count: 17, .. }));
     }

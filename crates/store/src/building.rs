@@ -12,6 +12,7 @@ use std::{
 use engine::{EngineInfo, Machine, ProcessRef};
 use identity::Tag;
 use memory::{Ambiguous, Mailbox};
+use rustix::fs::{CWD, RenameFlags};
 
 use crate::{BUILDING, MANIFEST, MEMORY, Manifest, ROOT_IMAGE, STATE, StoreError, file, lock::TagLock};
 
@@ -151,7 +152,8 @@ impl Building {
         let place = parent.join(self.tag.as_str());
         let publish = || -> io::Result<()> {
             File::open(&self.dir)?.sync_all()?;
-            fs::rename(&self.dir, &place)?;
+            // Never over anything, whatever it is.
+            rustix::fs::renameat_with(CWD, &self.dir, CWD, &place, RenameFlags::NOREPLACE)?;
             File::open(&parent)?.sync_all()
         };
         publish().map_err(file("publishing the template", &place))?;

@@ -46,7 +46,9 @@ const REMOVING: &str = ".removing-";
 #[derive(Debug, Error)]
 pub enum StoreError {
     /// There is no such template.
-    #[error("there is no template {tag}; see `offshoot templates`, or make it with `offshoot build RECIPE --tag {tag}`")]
+    #[error(
+        "there is no template {tag}; see `offshoot templates`, or make it with `offshoot build RECIPE --tag {tag}`"
+    )]
     NotFound {
         /// The tag.
         tag: Tag,
@@ -179,7 +181,8 @@ impl Store {
     pub fn list(&self) -> Result<Vec<Result<Manifest, StoreError>>, StoreError> {
         let mut tags: Vec<Tag> = self.names()?.iter().filter_map(|name| Tag::parse(name).ok()).collect();
         tags.sort();
-        let read = |tag: Tag| Manifest::read(&self.dir(&tag), &tag).map_err(|source| StoreError::Broken { tag, source });
+        let read =
+            |tag: Tag| Manifest::read(&self.dir(&tag), &tag).map_err(|source| StoreError::Broken { tag, source });
         Ok(tags.into_iter().map(read).collect())
     }
 

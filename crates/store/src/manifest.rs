@@ -1,9 +1,18 @@
 //! The manifest of a template.
 
-use std::{collections::BTreeMap, fs::File, io, io::Read, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    io,
+    io::Read,
+    path::Path,
+};
 
 use engine::{EngineInfo, Machine};
-use identity::Tag;
+use identity::{
+    Tag,
+    mailbox::{MAX_CAPACITY, PAGE_SIZE, PAYLOAD_PER_PAGE},
+};
 use memory::{Ambiguous, Mailbox};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -79,6 +88,9 @@ impl Manifest {
     /// # Errors
     /// [`ManifestError`].
     pub fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
+        if bytes.len() as u64 > MAX_MANIFEST {
+            return Err(ManifestError::Read(io::Error::new(io::ErrorKind::InvalidData, "longer than any manifest")));
+        }
         #[derive(Deserialize)]
         struct Format {
             format: u32,
@@ -87,16 +99,37 @@ impl Manifest {
         if format != Self::FORMAT {
             return Err(ManifestError::Format(format));
         }
-        serde_json::from_slice(bytes).map_err(ManifestError::Malformed)
+        let manifest: Self = serde_json::from_slice(bytes).map_err(ManifestError::Malformed)?;
+        manifest.check()?;
+        Ok(manifest)
+    }
+
+    /// The rules that the types alone do not hold.
+    fn check(&self) -> Result<(), ManifestError> {
+        let refuse = |what| Err(ManifestError::Contradiction(what));
+        if !crate::building::is_id(&self.id) {
+            return refuse("its id is malformed");
+        }
+        let page = PAGE_SIZE as u64;
+        let mut places = BTreeSet::new();
+        for mailbox in &self.mailboxes {
+            if mailbox.capacity > MAX_CAPACITY || mailbox.pages.len() != mailbox.capacity.div_ceil(PAYLOAD_PER_PAGE) {
+                return refuse("a mailbox has another number of pages than its capacity needs");
+            }
+            for &place in &mailbox.pages {
+                let inside = place.checked_add(page).is_some_and(|end| end <= self.machine.memory_bytes);
+                if !inside || place % page != 0 || !places.insert(place) {
+                    return refuse("a mailbox's page is misplaced");
+                }
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn read(dir: &Path, tag: &Tag) -> Result<Self, ManifestError> {
         let mut text = Vec::new();
         let file = File::open(dir.join(MANIFEST)).map_err(ManifestError::Read)?;
         file.take(MAX_MANIFEST + 1).read_to_end(&mut text).map_err(ManifestError::Read)?;
-        if text.len() as u64 > MAX_MANIFEST {
-            return Err(ManifestError::Read(io::Error::new(io::ErrorKind::InvalidData, "longer than any manifest")));
-        }
         let manifest = Self::parse(&text)?;
         if manifest.tag != *tag {
             return Err(ManifestError::Contradiction("it names another tag"));

@@ -9,8 +9,8 @@ use std::{
     process::{Command, Stdio},
 };
 
-use identity::Tag;
 use engine::{Accel, EngineInfo, EngineName, Machine};
+use identity::Tag;
 use offshoot_store::{Building, Contents, MEMORY, Manifest, Store, StoreError};
 
 fn tag(text: &str) -> Tag {

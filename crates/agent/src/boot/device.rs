@@ -1,11 +1,6 @@
 //! Waiting for devices: the kernel announces each on a netlink socket, so nothing has to poll.
 
-use std::{
-    fs, io,
-    os::fd::OwnedFd,
-    path::Path,
-    time::Instant,
-};
+use std::{fs, io, os::fd::OwnedFd, path::Path, time::Instant};
 
 use rustix::{
     event::{PollFd, PollFlags},

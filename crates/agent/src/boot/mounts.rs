@@ -62,7 +62,13 @@ pub fn root_file_system() -> Result<(), BootError> {
     mount("tmpfs", "tmpfs", &inside("/run"), MountFlags::NOSUID | MountFlags::NODEV, "mode=0755")?;
     mount("tmpfs", "tmpfs", &inside("/tmp"), MountFlags::NOSUID | MountFlags::NODEV, "mode=1777")?;
     devices().map_err(step("make the workload's /dev"))?;
-    mount("devpts", "devpts", &inside("/dev/pts"), MountFlags::NOSUID | MountFlags::NOEXEC, "newinstance,ptmxmode=0666,mode=0620,gid=5")?;
+    mount(
+        "devpts",
+        "devpts",
+        &inside("/dev/pts"),
+        MountFlags::NOSUID | MountFlags::NOEXEC,
+        "newinstance,ptmxmode=0666,mode=0620,gid=5",
+    )?;
     mount("tmpfs", "tmpfs", &inside("/dev/shm"), MountFlags::NOSUID | MountFlags::NODEV, "mode=1777")?;
 
     mount("tmpfs", "tmpfs", IDENTITY, safe, "mode=0755")?;

@@ -42,6 +42,8 @@ const WAITING: usize = 8;
 /// Numbers the cgroups of commands.
 static NEXT: AtomicU64 = AtomicU64::new(1);
 
+/// Makes a message of output.
+type Wrap = fn(Vec<u8>) -> Output;
 type Replies = mpsc::Sender<Result<ExecOutput, Status>>;
 
 /// Starts what the first message asks for.
@@ -82,7 +84,8 @@ fn not_started(error: &StartError) -> ExecExit {
 struct Running {
     process: Arc<Process>,
     stdin: Option<Sink>,
-    sources: Vec<(Source, fn(Vec<u8>) -> Output)>,
+    /// With what makes a message of their bytes.
+    sources: Vec<(Source, Wrap)>,
     terminal: Option<Arc<AsyncFd<OwnedFd>>>,
 }
 
@@ -267,7 +270,7 @@ async fn write_terminal(terminal: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Re
 
 /// Moves output until its end. Once the command has ended, only what is there already: a process it left behind may keep
 /// the pipe open for ever.
-async fn pump(mut source: Source, wrap: fn(Vec<u8>) -> Output, process: Arc<Process>, replies: Replies) {
+async fn pump(mut source: Source, wrap: Wrap, process: Arc<Process>, replies: Replies) {
     let mut buffer = vec![0; CHUNK];
     let mut ended = false;
     loop {

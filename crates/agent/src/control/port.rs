@@ -8,10 +8,11 @@ use std::{
     os::fd::OwnedFd,
     sync::Arc,
     thread,
+    time::{Duration, Instant},
 };
 
 use guest_api::session::{Acceptor, BUFFER, Event, Kind, MAX_PAYLOAD, encode};
-use rustix::event::{PollFd, PollFlags, epoll, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream, ReadHalf, WriteHalf, duplex, split},
     sync::mpsc,
@@ -19,6 +20,9 @@ use tokio::{
 
 /// Chunks that may wait on each way. Together with [`BUFFER`] this bounds what one port can hold.
 const CHUNKS: usize = 4;
+
+/// How long a host that has sent something may look absent.
+const OPENS_WITHIN: Duration = Duration::from_secs(1);
 
 /// What the reading thread saw.
 #[derive(Debug)]
@@ -73,7 +77,9 @@ fn read(port: &OwnedFd, input: &mpsc::Sender<Input>) -> Option<()> {
     }
 }
 
-fn write(port: &OwnedFd, mut output: mpsc::Receiver<Vec<u8>>) {
+fn write(port: &OwnedFd, mut output: mpsc::Receiver<Vec<u8>>) -> Option<()> {
+    let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).ok()?;
+    epoll::add(&epoll, port, epoll::EventData::new_u64(0), epoll::EventFlags::OUT | epoll::EventFlags::ET).ok()?;
     while let Some(bytes) = output.blocking_recv() {
         let mut rest = &bytes[..];
         while !rest.is_empty() {
@@ -81,22 +87,41 @@ fn write(port: &OwnedFd, mut output: mpsc::Receiver<Vec<u8>>) {
                 Ok(count) => rest = rest.get(count..).unwrap_or_default(),
                 Err(rustix::io::Errno::INTR) => {}
                 // Full, or nobody there. In the second case the bytes belong to a session that is over.
-                Err(rustix::io::Errno::AGAIN) if is_writable(port) => {}
+                Err(rustix::io::Errno::AGAIN) if is_writable(port, &epoll) => {}
                 Err(_) => break,
             }
         }
     }
+    None
 }
 
 /// Waits until the port takes bytes; false if the host's side is closed.
-fn is_writable(port: &OwnedFd) -> bool {
+///
+/// A host's first bytes can come before the driver has heard that the host is there (they travel in different queues), so a
+/// port that looks closed gets a moment to look open.
+fn is_writable(port: &OwnedFd, epoll: &OwnedFd) -> bool {
+    let patience = Instant::now() + OPENS_WITHIN;
     loop {
         let mut polled = [PollFd::new(port, PollFlags::OUT)];
-        match poll(&mut polled, None) {
-            Err(rustix::io::Errno::INTR) => {}
+        match poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) {
+            Err(rustix::io::Errno::INTR) => continue,
             Err(_) => return false,
-            Ok(_) => return !polled[0].revents().contains(PollFlags::HUP),
+            Ok(_) => {}
         }
+        let seen = polled[0].revents();
+        let limit = if seen.contains(PollFlags::HUP) {
+            match patience.checked_duration_since(Instant::now()) {
+                Some(left) => Timespec::try_from(left).ok(),
+                None => return false,
+            }
+        } else if seen.contains(PollFlags::OUT) {
+            return true;
+        } else {
+            None
+        };
+        // Edge-triggered, so a port that stays closed does not wake us again and again.
+        let mut events = [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
+        let _ = epoll::wait(epoll, &mut events, limit.as_ref());
     }
 }
 
@@ -127,6 +152,14 @@ async fn relay(
         };
         for event in acceptor.push(&bytes) {
             match event {
+                Event::Opened(number) if current.as_ref().is_some_and(|session| session.number == number) => {
+                    // Asked again, because our answer was late or lost.
+                    let mut answer = Vec::new();
+                    encode(Kind::HelloAck, number, &[], &mut answer);
+                    if to_port.send(answer).await.is_err() {
+                        return;
+                    }
+                }
                 Event::Opened(number) => {
                     // The old session's stream ends before the new one is there.
                     drop(current.take());

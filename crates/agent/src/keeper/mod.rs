@@ -234,7 +234,9 @@ fn freeze_and_arm(
             for path in std::mem::take(&mut prepared.host_keys) {
                 parts.root.wipe(&path).map_err(step("removing the SSH host keys"))?;
             }
-            warnings.push("the template's SSH host keys were removed; each fork makes its own if ssh-keygen is there".to_owned());
+            warnings.push(
+                "the template's SSH host keys were removed; each fork makes its own if ssh-keygen is there".to_owned(),
+            );
         }
     }
     rustix::fs::sync();
@@ -242,10 +244,9 @@ fn freeze_and_arm(
 
     let nonce = fresh_nonce().map_err(step("making a nonce"))?;
     let name = MailboxName::identity();
-    lock(&parts.own).arm(&name, b"", nonce, MAX_CAPACITY).map_err(|error| QuiesceError::Step {
-        step: "arming the mailbox",
-        reason: error.to_string(),
-    })?;
+    lock(&parts.own)
+        .arm(&name, b"", nonce, MAX_CAPACITY)
+        .map_err(|error| QuiesceError::Step { step: "arming the mailbox", reason: error.to_string() })?;
     let mut mailboxes = vec![Planted { name, nonce, capacity: MAX_CAPACITY, planted_by: "agent" }];
     mailboxes.extend(state.keeper().mailboxes.arm().map_err(step("arming the mailboxes of guest software"))?);
     Ok(Quiesced { mailboxes, frozen_wall_ns, frozen_monotonic_ns, warnings })

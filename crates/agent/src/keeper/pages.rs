@@ -37,7 +37,8 @@ impl Pages {
         let len = count * PAGE_SIZE;
         let flags = MapFlags::PRIVATE | MapFlags::POPULATE;
         // SAFETY: a new mapping at an address that the kernel chooses.
-        let memory = unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags)? };
+        let memory =
+            unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags)? };
         let start = NonNull::new(memory.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         let pages = Self { start, count };
         // SAFETY: the mapping just made. A fork of the agent (a process being started) must not share the pages: a write
@@ -111,7 +112,8 @@ impl Drop for Pages {
 /// If the kernel gives no random bytes.
 pub fn fresh_nonce() -> io::Result<Nonce> {
     let mut nonce = [0; 16];
-    getrandom::fill(&mut nonce).map_err(|error| io::Error::from_raw_os_error(error.raw_os_error().unwrap_or(libc::EIO)))?;
+    getrandom::fill(&mut nonce)
+        .map_err(|error| io::Error::from_raw_os_error(error.raw_os_error().unwrap_or(libc::EIO)))?;
     Ok(nonce)
 }
 

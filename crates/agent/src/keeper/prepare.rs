@@ -50,12 +50,13 @@ pub(super) fn look_ahead(parts: &Parts, prepared: &mut Prepared) {
     prepared.hosts = apply::hosts_without_own_name(&String::from_utf8_lossy(&hosts));
     prepared.own = OwnFiles::open(&parts.root);
     prepared.dbus_machine_id = parts.root.is_file(apply::DBUS_MACHINE_ID);
-    let is_key = |name: &String| name.starts_with("ssh_host_") && (name.ends_with("_key") || name.ends_with("_key.pub"));
+    let is_key =
+        |name: &String| name.starts_with("ssh_host_") && (name.ends_with("_key") || name.ends_with("_key.pub"));
     prepared.host_keys =
         parts.root.list("/etc/ssh").into_iter().filter(is_key).map(|name| format!("/etc/ssh/{name}")).collect();
     prepared.had_host_keys |= !prepared.host_keys.is_empty();
-    prepared.wants_host_keys =
-        prepared.had_host_keys && ["/usr/bin/ssh-keygen", "/bin/ssh-keygen"].iter().any(|path| parts.root.is_file(path));
+    prepared.wants_host_keys = prepared.had_host_keys
+        && ["/usr/bin/ssh-keygen", "/bin/ssh-keygen"].iter().any(|path| parts.root.is_file(path));
 }
 
 /// Only the agent and the kernel's own threads may be outside the workload's cgroup: anything else would not freeze.

@@ -129,7 +129,10 @@ impl Root {
         rustix::fs::openat2(&self.0, relative(folder), flags, Mode::empty(), ResolveFlags::IN_ROOT)
             .and_then(|folder| rustix::fs::Dir::read_from(&folder))
             .map(|entries| {
-                entries.filter_map(Result::ok).filter_map(|entry| entry.file_name().to_str().map(str::to_owned).ok()).collect()
+                entries
+                    .filter_map(Result::ok)
+                    .filter_map(|entry| entry.file_name().to_str().map(str::to_owned).ok())
+                    .collect()
             })
             .unwrap_or_default()
     }

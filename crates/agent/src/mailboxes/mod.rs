@@ -171,9 +171,7 @@ impl Mailboxes {
         let (name, unanswered) = {
             let mut list = self.lock();
             let mut open = list.iter_mut().filter(|mailbox| {
-                mailbox.owner == owner
-                    && mailbox.unanswered.is_some()
-                    && name.is_none_or(|name| mailbox.name == *name)
+                mailbox.owner == owner && mailbox.unanswered.is_some() && name.is_none_or(|name| mailbox.name == *name)
             });
             let mailbox = open.next().ok_or(Refusal::NothingToAnswer)?;
             if open.next().is_some() {

@@ -128,9 +128,7 @@ pub fn parse(line: &[u8]) -> Result<Request, Refusal> {
             capacity: capacity(bytes)?,
             nonce: unhex(&nonce).ok_or_else(|| malformed("nonce must be 32 hexadecimal digits, not all 0"))?,
         }),
-        Line::Ack { name: text } => {
-            Ok(Request::Answer { name: text.as_deref().map(name).transpose()?, failure: None })
-        }
+        Line::Ack { name: text } => Ok(Request::Answer { name: text.as_deref().map(name).transpose()?, failure: None }),
         Line::Fail { name: text, reason } => {
             Ok(Request::Answer { name: text.as_deref().map(name).transpose()?, failure: Some(reason) })
         }

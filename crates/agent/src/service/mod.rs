@@ -31,10 +31,6 @@ use guest_api::proto::{EvalError, EvalReply, WarmRequest};
 use identity::Step;
 use thiserror::Error;
 
-pub use self::{
-    log::{Follower, Logs},
-    spec::SpecError,
-};
 use self::{
     answer::Answer,
     conversation::NoAnswer,
@@ -43,6 +39,10 @@ use self::{
     spec::{OnFork, Restart},
     unit::Unit,
     world::World,
+};
+pub use self::{
+    log::{Follower, Logs},
+    spec::SpecError,
 };
 use crate::state::{AgentState, Identity};
 
@@ -313,7 +313,9 @@ impl Supervisor {
             Err(NoAnswer::Invalid(answer::AnswerError::TooDeep)) => {
                 failure("too-large", "the value is nested too deep; its repr may do")
             }
-            Err(NoAnswer::Invalid(error)) => failure("exception", &format!("the runtime's answer is not valid: {error}")),
+            Err(NoAnswer::Invalid(error)) => {
+                failure("exception", &format!("the runtime's answer is not valid: {error}"))
+            }
             Err(NoAnswer::Late | NoAnswer::Died) => {
                 failure("timeout", "the evaluation did not end in time and was interrupted")
             }

@@ -89,7 +89,10 @@ impl CommandLine {
             line.option("-chardev", &format!("socket,id=ctl{channel},fd={fd},server=on,wait=off"));
             line.option(
                 "-device",
-                &format!("virtserialport,bus=ports.0,chardev=ctl{channel},name=offshoot.ctl.{channel},nr={}", channel + 2),
+                &format!(
+                    "virtserialport,bus=ports.0,chardev=ctl{channel},name=offshoot.ctl.{channel},nr={}",
+                    channel + 2
+                ),
             );
         }
         line.option("-add-fd", &format!("fd={},set=1,opaque=root", fds.root_image));

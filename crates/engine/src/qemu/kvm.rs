@@ -31,7 +31,12 @@ pub fn kvm_state(kernel: Option<&Path>, dir: &Path) -> KvmState {
         return KvmState::Unusable(format!("/dev/kvm can not be opened: {error}"));
     }
     let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let has = |flag: &str| flags.lines().find(|line| line.starts_with("flags")).is_some_and(|line| line.split(' ').any(|word| word == flag));
+    let has = |flag: &str| {
+        flags
+            .lines()
+            .find(|line| line.starts_with("flags"))
+            .is_some_and(|line| line.split(' ').any(|word| word == flag))
+    };
     if !has("vmx") && !has("svm") {
         return KvmState::Unusable(
             "/dev/kvm opens, but the CPU shows neither vmx nor svm: it can not boot a stock kernel".into(),

@@ -178,9 +178,8 @@ pub(super) fn launch(
         .stdout(log.try_clone().map_err(control)?)
         .stderr(log);
     confine(&mut command, prepared.inherited(), confinement, limit);
-    let child = command
-        .spawn()
-        .map_err(|source| EngineError::Spawn { program: program.display().to_string(), source })?;
+    let child =
+        command.spawn().map_err(|source| EngineError::Spawn { program: program.display().to_string(), source })?;
     let process = ProcessRef::of(child.id()).map_err(control)?;
     let mut guard = ChildGuard(Some(child));
     // Our copies of what the process has now: as long as we held its listening sockets too, its end would not show.
@@ -212,8 +211,9 @@ impl Qemu {
         let during = "ending the machine";
         let gone = match self.process.pidfd() {
             Ok(None) => true,
-            Ok(Some(fd)) => crate::process::wait_gone(&fd, limit)
-                .map_err(|source| EngineError::Control { during, source })?,
+            Ok(Some(fd)) => {
+                crate::process::wait_gone(&fd, limit).map_err(|source| EngineError::Control { during, source })?
+            }
             Err(source) => return Err(EngineError::Control { during, source }),
         };
         if gone { Ok(()) } else { Err(EngineError::Timeout { during, limit }) }
@@ -323,4 +323,3 @@ fn open(path: &Path) -> Result<File, EngineError> {
 fn open_dir(path: &Path) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
 }
-

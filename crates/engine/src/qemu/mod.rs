@@ -29,8 +29,7 @@ pub use launch::{CONSOLE, LOG, MONITOR_SOCKET};
 
 use crate::{
     Accel, BootSpec, BootedVm, Capabilities, DeliverError, Engine, EngineError, EngineInfo, EngineName, Letter,
-    PausedVm, ProcessRef, RestoreSpec, RunningVm,
-    vm::PausedBackend,
+    PausedVm, ProcessRef, RestoreSpec, RunningVm, vm::PausedBackend,
 };
 use command::{CommandLine, MemoryUse};
 use launch::{FileLimit, Prepared, Qemu};
@@ -83,12 +82,7 @@ impl QemuEngine {
         })
     }
 
-    fn launch_boot(
-        &self,
-        spec: &BootSpec<'_>,
-        initramfs: Option<&Path>,
-        extra: &str,
-    ) -> Result<Qemu, EngineError> {
+    fn launch_boot(&self, spec: &BootSpec<'_>, initramfs: Option<&Path>, extra: &str) -> Result<Qemu, EngineError> {
         // Made here, with the caller's rights, so that the machine's process needs none to the directory.
         let memory = OpenOptions::new()
             .write(true)
@@ -99,8 +93,11 @@ impl QemuEngine {
             .and_then(|file| file.set_len(spec.machine.memory_bytes).map(|()| file))
             .map_err(|source| EngineError::File { what: "making", path: spec.memory_file.into(), source })?;
         if let Some((uid, gid)) = spec.confinement.user {
-            std::os::unix::fs::fchown(&memory, Some(uid), Some(gid))
-                .map_err(|source| EngineError::File { what: "handing over", path: spec.memory_file.into(), source })?;
+            std::os::unix::fs::fchown(&memory, Some(uid), Some(gid)).map_err(|source| EngineError::File {
+                what: "handing over",
+                path: spec.memory_file.into(),
+                source,
+            })?;
         }
         let mut prepared = Prepared::new(spec.dir, spec.root_image, spec.memory_file)?;
         let kernel = prepared.open(spec.kernel)?;
@@ -138,22 +135,22 @@ impl Engine for QemuEngine {
 
     fn restore(&self, spec: &RestoreSpec<'_>) -> Result<PausedVm, EngineError> {
         let during = "loading the template";
-        let state = File::open(spec.state_file)
-            .map_err(|source| EngineError::File { what: "opening", path: spec.state_file.into(), source })?;
-        let memory = File::open(spec.memory_file)
-            .map_err(|source| EngineError::File { what: "opening", path: spec.memory_file.into(), source })?;
+        let state = File::open(spec.state_file).map_err(|source| EngineError::File {
+            what: "opening",
+            path: spec.state_file.into(),
+            source,
+        })?;
+        let memory = File::open(spec.memory_file).map_err(|source| EngineError::File {
+            what: "opening",
+            path: spec.memory_file.into(),
+            source,
+        })?;
         let prepared = Prepared::new(spec.dir, spec.root_image, spec.memory_file)?;
         let usage = if self.read_only_template { MemoryUse::PrivateReadOnly } else { MemoryUse::Private };
-        let line = CommandLine::machine(
-            spec.machine,
-            self.info.accel,
-            usage,
-            &file_name(spec.memory_file),
-            prepared.fds(),
-        )
-        .restore();
-        let mut qemu =
-            launch::launch(&self.program, spec.dir, line, prepared, &spec.confinement, FileLimit::Fork)?;
+        let line =
+            CommandLine::machine(spec.machine, self.info.accel, usage, &file_name(spec.memory_file), prepared.fds())
+                .restore();
+        let mut qemu = launch::launch(&self.program, spec.dir, line, prepared, &spec.confinement, FileLimit::Fork)?;
         let loaded = load_state(&mut qemu, &state);
         match loaded {
             Ok(()) => Ok(PausedVm::new(Box::new(Paused { qemu, memory, size: spec.machine.memory_bytes }))),

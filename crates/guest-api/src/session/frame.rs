@@ -160,8 +160,11 @@ mod tests {
     fn frame() -> impl Strategy<Value = Frame> {
         let kind = proptest::sample::select(vec![Kind::Hello, Kind::HelloAck, Kind::Data, Kind::Close]);
         let byte = proptest::prop_oneof![Just(FLAG), Just(ESCAPE), any::<u8>()];
-        (kind, any::<u64>(), proptest::collection::vec(byte, 0..200))
-            .prop_map(|(kind, session, payload)| Frame { kind, session, payload })
+        (kind, any::<u64>(), proptest::collection::vec(byte, 0..200)).prop_map(|(kind, session, payload)| Frame {
+            kind,
+            session,
+            payload,
+        })
     }
 
     proptest! {

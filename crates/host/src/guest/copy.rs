@@ -257,7 +257,9 @@ mod tests {
         receive(archive, &dir.path().join("renamed")).unwrap();
         for name in ["box", "renamed"] {
             assert_eq!(fs::read(dir.path().join(name).join("l")).unwrap(), b"one");
-            let mode = std::os::unix::fs::PermissionsExt::mode(&fs::metadata(dir.path().join(name).join("a")).unwrap().permissions());
+            let mode = std::os::unix::fs::PermissionsExt::mode(
+                &fs::metadata(dir.path().join(name).join("a")).unwrap().permissions(),
+            );
             assert_eq!(mode & 0o7000, 0, "no set-user-id bit from a guest");
         }
     }

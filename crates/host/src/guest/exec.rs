@@ -147,11 +147,7 @@ pub(super) async fn run(
 }
 
 /// Runs a tool without input and returns its output, at most `most` bytes.
-pub(super) async fn collect(
-    client: &mut AgentClient<Channel>,
-    what: What,
-    most: usize,
-) -> Result<Vec<u8>, GuestError> {
+pub(super) async fn collect(client: &mut AgentClient<Channel>, what: What, most: usize) -> Result<Vec<u8>, GuestError> {
     let start = ExecStart { what: Some(what), timeout_ms: 60_000 };
     let (mut stdout, mut stderr) = (Bounded::new(most), Bounded::new(4096));
     let (_, controls) = mpsc::channel(1);

@@ -15,8 +15,8 @@ use std::{
 use engine::qemu::CONTROL_CHANNELS;
 use guest_api::{
     proto::{
-        EvalReply, EvalRequest, LogChunk, LogsRequest, PingReply, PingRequest, QuiesceReply, QuiesceRequest, WarmRequest,
-        agent_client::AgentClient,
+        EvalReply, EvalRequest, LogChunk, LogsRequest, PingReply, PingRequest, QuiesceReply, QuiesceRequest,
+        WarmRequest, agent_client::AgentClient,
     },
     session,
 };
@@ -44,7 +44,9 @@ const MAX_REASON: usize = 4000;
 #[derive(Debug, Error)]
 pub enum GuestError {
     /// Other processes use every channel.
-    #[error("all {CONTROL_CHANNELS} control channels of the sandbox are in use; end one of the commands that use them, or try again")]
+    #[error(
+        "all {CONTROL_CHANNELS} control channels of the sandbox are in use; end one of the commands that use them, or try again"
+    )]
     Busy,
     /// The machine is not there.
     #[error("the sandbox does not run")]
