@@ -48,9 +48,10 @@ def take_standard_streams():
 class Lines:
     """Whole lines from a descriptor."""
 
-    def __init__(self, descriptor):
+    def __init__(self, descriptor, event):
         self.descriptor = descriptor
         self.pending = b""
+        self.event = event  # is offered what was read in one piece and begins as an identity request
 
     def next(self):
         """The next line without its end, or None at the end of input or after a line over the limit."""
@@ -64,6 +65,8 @@ class Lines:
             more = os.read(self.descriptor, 1 << 16)
             if not more:
                 return None
+            if not self.pending and more.startswith(IDENTITY) and self.event(more):
+                continue
             self.pending += more
 
 
@@ -285,11 +288,23 @@ class Gathered:
     generators = []  # (numpy BitGenerator, its class)
     legacy = []  # numpy RandomState, with the normal deviate it keeps for next time
     foreign = []  # numpy RandomState over a generator that is not Mersenne's
+    resets = []  # (dictionary, key, value)
     add_openssl = None
-    tempfile = None
-    uuid = None
-    platform = None
+    slow = True  # whether any of these has to be refreshed by its own functions
+    report = ""  # the entries of the answer that are known beforehand
     environment = set()  # names that the last event set
+
+
+class Direct:
+    """The memory of generators' states. One system call fills all of it with random bytes: a fork has to translate every
+    instruction before it can run it, and the seeding of Python's and numpy's generators has many. Only what was found
+    to lie where it should is here."""
+
+    states = []  # writable memory that takes any random bytes
+    size = 0
+    zeros = []  # flags that say that half of a draw was kept for next time
+    sequences = []  # (SeedSequence, the array that is its entropy)
+    source = -1  # /dev/urandom
 
 
 def fresh():
@@ -300,9 +315,17 @@ def gather():
     """Finds all live generators."""
     modules = sys.modules
     Gathered.add_openssl = getattr(modules.get("_ssl"), "RAND_add", None)
-    Gathered.tempfile = modules.get("tempfile")
-    Gathered.uuid = modules.get("uuid")
-    Gathered.platform = modules.get("platform")
+    Gathered.resets = resets = []
+    if "tempfile" in modules:
+        resets.append((vars(modules["tempfile"]), "_name_sequence", None))
+    if "uuid" in modules:
+        names = vars(modules["uuid"])
+        # The node is made from `random` when it is asked for, and marked as such (RFC 4122, 4.5); libuuid would keep
+        # node and sequence of the template.
+        names["_GETTERS"] = [modules["uuid"]._random_getnode]
+        resets += [(names, "_last_timestamp", None), (names, "_node", None), (names, "_generate_time_safe", None)]
+    if "platform" in modules:
+        resets.append((vars(modules["platform"]), "_uname_cache", None))
     numpy = modules.get("numpy.random")
     randoms, sequences, bits, states = [], [], [], []
     # Types are compared, not isinstance: that would run the code of proxies.
@@ -330,37 +353,53 @@ def gather():
     Gathered.generators = [(thing, type(thing)) for thing in bits if id(thing) not in seeded]
 
 
-def reseed(report):
+def count():
+    """The entries of the report, by what was gathered."""
+    report = {"random": "reseeded-%d" % len(Gathered.randoms)}
+    generators = len(Gathered.generators) + len(Gathered.legacy)
+    if generators or Gathered.sequences:
+        report["numpy"] = "reseeded-%d" % generators
+    if Gathered.add_openssl is not None:
+        report["openssl"] = "stirred"
+    if "uuid" in sys.modules:
+        report["uuid"] = "reset"
+    return report
+
+
+def reseed():
+    """Refreshes what is gathered and has no direct way."""
     for one in Gathered.randoms:
         one.seed(fresh())
-    report["random"] = "reseeded-%d" % len(Gathered.randoms)
-    count = len(Gathered.generators) + len(Gathered.legacy)
-    if count or Gathered.sequences:
-        for sequence in Gathered.sequences:
-            sequence.__init__(None, pool_size=sequence.pool_size)
-        for one, kind in Gathered.generators:
-            one.state = kind().state
-        for state in Gathered.legacy:
-            state.seed()
-        for state in Gathered.foreign:
-            whole = state.get_state(legacy=False)
-            whole["has_gauss"] = 0
-            state.set_state(whole)
-        report["numpy"] = "reseeded-%d" % count
+    for sequence in Gathered.sequences:
+        sequence.__init__(None, pool_size=sequence.pool_size)
+    for one, kind in Gathered.generators:
+        one.state = kind().state
+    for state in Gathered.legacy:
+        state.seed()
+    for state in Gathered.foreign:
+        whole = state.get_state(legacy=False)
+        whole["has_gauss"] = 0
+        state.set_state(whole)
     if Gathered.add_openssl is not None:
         # Stirs OpenSSL's primary generator; those of the threads notice and reseed from it.
         Gathered.add_openssl(os.urandom(48), 48.0)
-        report["openssl"] = "stirred"
-    if Gathered.tempfile is not None:
-        Gathered.tempfile._name_sequence = None
-    if Gathered.uuid is not None:
-        module = Gathered.uuid
-        module._last_timestamp = None
-        module._node = fresh() >> 208 | 1 << 40  # random, marked as such (RFC 4122, 4.5)
-        module._generate_time_safe = None  # libuuid keeps node and sequence of the template
-        report["uuid"] = "reset"
-    if Gathered.platform is not None:
-        Gathered.platform._uname_cache = None
+
+
+def refresh():
+    """The event's part that every fork needs. It imports nothing, and calls little."""
+    if Direct.size:
+        # A signal may cut the read short.
+        while os.readv(Direct.source, Direct.states) != Direct.size:
+            pass
+    for dictionary, key, value in Gathered.resets:
+        dictionary[key] = value
+    for flag in Direct.zeros:
+        flag[0] = 0
+    for sequence, entropy in Direct.sequences:
+        if sequence.entropy is not entropy:  # it was initialized anew since the quiesce
+            sequence.__init__(None, pool_size=sequence.pool_size)
+    if Gathered.slow:
+        reseed()
 
 
 def drop_stubborn():
@@ -384,17 +423,172 @@ def drop_stubborn():
     return stubborn
 
 
+def memory_at(address, size):
+    """A writable view of memory."""
+    import ctypes
+
+    return memoryview((ctypes.c_ubyte * size).from_address(address)).cast("B")
+
+
+def random_state(one):
+    """The state of a random.Random, if it lies where CPython puts it, and what to reset beside it."""
+    kind = type(one)
+    if kind.seed is not random.Random.seed or kind.random is not random.Random.random:
+        return None
+    state = super(random.Random, one).getstate()
+    view = memory_at(id(one) + object.__basicsize__, 4 * 625)  # the index, then 624 words
+    words = view.cast("I").tolist()
+    if words != [state[-1], *state[:-1]] or "gauss_next" not in vars(one):
+        return None
+    return view[4:], (vars(one), "gauss_next", None)
+
+
+def bits_state(one, kind):
+    """The state of a numpy bit generator and its flags, if they lie where numpy puts them."""
+    numpy = sys.modules["numpy.random"]
+    state = one.state
+    if kind is numpy.MT19937:
+        key = state["state"]["key"].tobytes()
+        view = memory_at(one.ctypes.state_address, len(key))
+        return (view, []) if len(key) == 2496 and view == key else None
+    if kind in (numpy.PCG64, numpy.PCG64DXSM):
+        outer = memory_at(one.ctypes.state_address, 16)  # a pointer, has_uint32, uinteger
+        inner = memory_at(outer.cast("Q")[0], 32)  # state and increment, which is odd and stays
+        expected = state["state"]["state"] | state["state"]["inc"] << 128
+        rest = [state["has_uint32"], state["uinteger"]]
+        if int.from_bytes(inner, "little") == expected and outer.cast("I").tolist()[2:] == rest:
+            return inner[:16], [outer[8:12].cast("I")]
+    return None
+
+
+def gauss_flag(state):
+    """The flag of a RandomState that says that it keeps a normal deviate."""
+    import struct
+
+    whole = state.get_state(legacy=False)
+    memory = memory_at(id(state), type(state).__basicsize__)
+    whole["has_gauss"], whole["gauss"] = 1, 0.7071067811865476
+    state.set_state(whole)
+    at = bytes(memory).find(struct.pack("d", whole["gauss"])) - 8
+    found = at >= 16 and memory[at : at + 4].cast("I")[0] == 1
+    whole["has_gauss"], whole["gauss"] = 0, 0.0
+    state.set_state(whole)
+    flag = memory[at : at + 4].cast("I") if found else None
+    return flag if found and flag[0] == 0 else None
+
+
+def own_entropy(sequence):
+    """Gives a SeedSequence entropy, and a pool, that can be written to."""
+    numpy = sys.modules["numpy"]
+    if type(sequence) is not numpy.random.SeedSequence:
+        return None
+    entropy = numpy.frombuffer(os.urandom(32), numpy.uint32).copy()
+    sequence.__init__(entropy, pool_size=sequence.pool_size)
+    if sequence.entropy is not entropy or not sequence.pool.flags.c_contiguous or sequence.pool is not sequence.pool:
+        return None
+    return entropy, memoryview(sequence.pool).cast("B")
+
+
+def find_direct():
+    """Moves what has a direct way from Gathered to Direct."""
+    states, zeros, sequences = [], [], []
+
+    def move(group, attempt):
+        for thing in list(group):
+            try:
+                found = attempt(thing)
+            except Exception:
+                found = None
+            if found is not None:
+                group[:] = [other for other in group if other is not thing]
+
+    def move_random(one):
+        found = random_state(one)
+        if found:
+            states.append(found[0])
+            Gathered.resets.append(found[1])
+        return found
+
+    def move_bits(pair):
+        found = bits_state(*pair)
+        if found:
+            states.append(found[0])
+            zeros.extend(found[1])
+        return found
+
+    def move_legacy(state):
+        flag = gauss_flag(state)
+        found = flag and bits_state(state._bit_generator, type(state._bit_generator))
+        if found:
+            states.append(found[0])
+            zeros.append(flag)
+        return found
+
+    def move_foreign(state):
+        flag = gauss_flag(state)
+        if flag is not None:
+            zeros.append(flag)
+        return flag
+
+    def move_sequence(sequence):
+        found = own_entropy(sequence)
+        if found:
+            states.extend((memoryview(found[0]).cast("B"), found[1]))
+            sequences.append((sequence, found[0]))
+        return found
+
+    move(Gathered.randoms, move_random)
+    move(Gathered.generators, move_bits)
+    move(Gathered.legacy, move_legacy)
+    move(Gathered.foreign, move_foreign)
+    move(Gathered.sequences, move_sequence)
+    if Direct.source < 0:
+        Direct.source = os.open("/dev/urandom", os.O_RDONLY | os.O_CLOEXEC)
+    if len(states) > 1000:  # the most that one call takes
+        raise OSError("too many generators")
+    Direct.states, Direct.size = states, sum(len(state) for state in states)
+    Direct.zeros, Direct.sequences = zeros, sequences
+
+
+def forget():
+    """Lets go of the generators: user code may do so too."""
+    Gathered.randoms, Gathered.sequences, Gathered.generators = [], [], []
+    Gathered.legacy, Gathered.foreign, Gathered.resets = [], [], []
+    Direct.states, Direct.zeros, Direct.sequences, Direct.size = [], [], [], 0
+
+
+def prepare():
+    """Finds what the event refreshes, and refreshes it; returns how many generators cannot be."""
+    gather()
+    stubborn = drop_stubborn()
+    report = count()
+    try:
+        import ctypes  # noqa: F401
+
+        find_direct()
+    except (ImportError, OSError):
+        gather()  # without a direct way: every generator by its own functions
+        drop_stubborn()
+        Direct.states, Direct.zeros, Direct.sequences, Direct.size = [], [], [], 0
+    Gathered.slow = bool(
+        Gathered.randoms
+        or Gathered.sequences
+        or Gathered.generators
+        or Gathered.legacy
+        or Gathered.foreign
+        or Gathered.add_openssl
+    )
+    Gathered.report = ENCODE_TEXT(report)[:-1]
+    return stubborn
+
+
 def quiesce():
     """Prepares the event; returns the report."""
     gc.unfreeze()  # what an earlier capture froze is invisible to get_objects
     gc.collect()
-    gather()
-    stubborn = drop_stubborn()
-    report = {}
-    reseed(report)
-    report["gathered"] = "generators-%d" % (
-        len(Gathered.randoms) + len(Gathered.generators) + len(Gathered.legacy)
-    )
+    stubborn = prepare()
+    rehearse_event()
+    report = {"gathered": json.loads(Gathered.report + "}").get("random", "none")}
     if stubborn:
         report["uncovered"] = "generators-%d" % stubborn
     flush()
@@ -403,27 +597,67 @@ def quiesce():
     return report
 
 
-def identity(fork, environment):
-    """The event. Returns the report."""
-    report = {}
-    reseed(report)
+def become(fork, environment):
+    """The event: `environment` has names and values in turn, as bytes."""
+    refresh()
     known = os.environ
+    put, data = os.putenv, known._data
+    names = set(environment[::2])
     for name in Gathered.environment:
-        if name not in environment:
-            known.pop(name, None)
-    for name in environment:
-        known[name] = environment[name]
-    Gathered.environment = set(environment)
-    report["environ"] = "set-%d" % len(environment)
+        if name not in names:
+            known.pop(name.decode(), None)
+    at = 0
+    while at < len(environment):
+        name, value = environment[at], environment[at + 1]
+        put(name, value)
+        data[name] = value
+        at += 2
+    Gathered.environment = names
     guest.fork = fork
     if guest.callbacks:
         for callback in guest.callbacks:
             callback(fork)
-        report["callbacks"] = "ran-%d" % len(guest.callbacks)
-    # User code may let go of its generators from now on.
-    Gathered.randoms, Gathered.sequences, Gathered.generators = [], [], []
-    Gathered.legacy, Gathered.foreign = [], []
-    return report
+        return ',"environ":"set","callbacks":"ran-%d"' % len(guest.callbacks)
+    return ',"environ":"set"'
+
+
+IDENTITY = b'{"type":"identity","id":'
+
+
+def identity(line):
+    """The answer to an identity request; None if the line is not in the usual form. Without escapes, the strings of the
+    line are what is between its quotes."""
+    parts = line.split(b'"')
+    if len(parts) < 27 or parts[25] != b"env" or b"\\" in line:
+        return None
+    fork = {
+        "id": parts[11].decode(),
+        "name": parts[15].decode(),
+        "hostname": parts[19].decode(),
+        "template": parts[23].decode(),
+    }
+    environment = parts[27:-1:2]
+    report = become(fork, environment)
+    return b'{"type":"done","id":' + parts[6][1:-1] + b',"report":' + (Gathered.report + report).encode() + b"}}\n"
+
+
+def identity_at_length(request):
+    """The same from the parsed request, whatever its strings have in them."""
+    environment = []
+    for item in request["env"].items():
+        environment += [text.encode("utf-8", "surrogateescape") for text in item]
+    return json.loads(Gathered.report + become(request["fork"], environment) + "}")
+
+
+def rehearse_event():
+    """Runs the event until the interpreter has adapted to it, so that it need not in a fork."""
+    kept, callbacks, environment = guest.fork, guest.callbacks, Gathered.environment
+    guest.callbacks, Gathered.environment = [], set()
+    line = IDENTITY + b'0,"fork":{"id":"","name":"","hostname":"","template":""},"env":{"OFFSHOOT_REHEARSAL":"1"}}\n'
+    for _ in range(64):
+        identity(line)
+    del os.environ["OFFSHOOT_REHEARSAL"]
+    guest.fork, guest.callbacks, Gathered.environment = kept, callbacks, environment
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -441,7 +675,9 @@ def handle(line, scope):
         return evaluate(number, request["code"], scope)
     try:
         if kind == "identity":
-            return done(number, identity(request["fork"], request["env"]))
+            report = identity_at_length(request)
+            forget()
+            return done(number, report)
         if kind == "quiesce":
             return done(number, quiesce())
     except Exception as error:
@@ -453,15 +689,29 @@ def handle(line, scope):
 
 def rehearse(scope):
     """Runs the paths of a fork's first event and first request, so that their pages are in the template."""
-    gather()
-    kept = set(os.environ)
-    handle(b'{"type":"identity","id":0,"fork":{"id":"","name":""},"env":{"OFFSHOOT_REHEARSAL":"1"}}', scope)
-    handle(b'{"type":"identity","id":0,"fork":{"id":"","name":""},"env":{}}', scope)
-    for name in set(os.environ) - kept:
-        del os.environ[name]
+    prepare()
+    rehearse_event()
+    forget()
     for code in (b"[1.5, None, 'x', {'a': 1}]", b"print('x')", b"raise ValueError(1)", b"1 +"):
         handle(b'{"type":"eval","id":0,"code":%s}' % ENCODE_TEXT(code.decode()).encode(), scope)
     guest.fork = None
+
+
+def event(line, target):
+    """Answers an identity request that is a whole line in the usual form; whether it did. What is not needed for the answer
+    comes after it."""
+    if line.find(b"\n") != len(line) - 1:
+        return False
+    try:
+        reply = identity(line)
+    except Exception:
+        return False  # again, at length, to say what is wrong
+    if reply is None:
+        return False
+    if os.write(target, reply) != len(reply):
+        sys.exit("the agent takes no answer")
+    forget()
+    return True
 
 
 def main():
@@ -488,7 +738,7 @@ def main():
     guest.callbacks = callbacks
     flush()
 
-    lines = Lines(source)
+    lines = Lines(source, lambda line: event(line, target))
     send(target, b'{"type":"ready"}')
     while True:
         line = lines.next()
