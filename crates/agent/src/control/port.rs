@@ -24,6 +24,9 @@ const CHUNKS: usize = 4;
 /// How long a host that has sent something may look absent.
 const OPENS_WITHIN: Duration = Duration::from_secs(1);
 
+/// How long a closed port must stay closed to count as a host that went away.
+const SETTLES_WITHIN: Duration = Duration::from_millis(200);
+
 /// What the reading thread saw.
 #[derive(Debug)]
 enum Input {
@@ -50,17 +53,13 @@ fn read(port: &OwnedFd, input: &mpsc::Sender<Input>) -> Option<()> {
     let flags = epoll::EventFlags::IN | epoll::EventFlags::OUT | epoll::EventFlags::RDHUP | epoll::EventFlags::ET;
     epoll::add(&epoll, port, epoll::EventData::new_u64(0), flags).ok()?;
     let mut buffer = vec![0; MAX_PAYLOAD];
+    // Whether a host has sent something since the last hang-up.
     let mut connected = false;
     loop {
         // Before the wait: the first bytes may have come with the edge that opened the port.
         loop {
             match rustix::io::read(port, &mut buffer) {
-                Ok(0) => {
-                    if std::mem::take(&mut connected) {
-                        input.blocking_send(Input::HangUp).ok()?;
-                    }
-                    break;
-                }
+                Ok(0) => break,
                 Ok(count) => {
                     connected = true;
                     input.blocking_send(Input::Bytes(buffer[..count].to_vec())).ok()?;
@@ -69,12 +68,25 @@ fn read(port: &OwnedFd, input: &mpsc::Sender<Input>) -> Option<()> {
                 Err(_) => break,
             }
         }
+        let looks_closed = connected && is_closed(port);
+        let limit = looks_closed.then(|| Timespec::try_from(SETTLES_WITHIN).ok()).flatten();
         let mut events = [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
-        match epoll::wait(&epoll, &mut events, None) {
+        match epoll::wait(&epoll, &mut events, limit.as_ref()) {
+            Ok(0) if looks_closed && is_closed(port) => {
+                connected = false;
+                input.blocking_send(Input::HangUp).ok()?;
+            }
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(_) => return None,
         }
     }
+}
+
+/// Whether the driver thinks that the host's side is closed. A new host's first bytes may be there before the driver has
+/// heard of it (they travel in different queues), so this is believed only once nothing has changed for a while.
+fn is_closed(port: &OwnedFd) -> bool {
+    let mut polled = [PollFd::new(port, PollFlags::IN)];
+    poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok() && polled[0].revents().contains(PollFlags::HUP)
 }
 
 fn write(port: &OwnedFd, mut output: mpsc::Receiver<Vec<u8>>) -> Option<()> {
@@ -147,7 +159,12 @@ async fn relay(
     let mut current: Option<Session> = None;
     while let Some(input) = from_port.recv().await {
         let Input::Bytes(bytes) = input else {
-            current = None;
+            if let Some(session) = current.take() {
+                // If somebody does listen after all, it must not wait for ever.
+                let mut close = Vec::new();
+                encode(Kind::Close, session.number, &[], &mut close);
+                let _ = to_port.try_send(close);
+            }
             continue;
         };
         for event in acceptor.push(&bytes) {

@@ -47,13 +47,17 @@ pub(super) fn until_thaw(
     log.step("clock", || parts.kernel.set_clock(document.wall_clock))?;
     log.step("entropy", || parts.kernel.add_entropy(document.entropy.expose()))?;
     document.entropy.wipe();
-    if document.action == Action::Become {
-        take_on(state, parts, prepared, document, log)?;
+    match document.action {
+        Action::Become => take_on(state, parts, prepared, document, log)?,
+        Action::Continue => {
+            log.step("files", || std::mem::take(&mut prepared.blanks).put_back(parts).map(|()| "kept".into()))?;
+        }
     }
     log.step("thaw", || {
         // From here on processes may be started again: they are started as the new identity.
         state.set_phase(Phase::Running);
-        parts.cgroup.thaw()?;
+        // Through the descriptor, with the call that wrote the files: both are translated by now.
+        rustix::io::pwrite(&parts.freezer, b"0", 0)?;
         state.workload().open();
         Ok::<_, io::Error>(if state.freeze() == crate::Freeze::On { "thawed" } else { "was-not-frozen" }.into())
     })
@@ -67,15 +71,16 @@ fn take_on(
     log: &mut Log,
 ) -> Result<(), Failed> {
     let fork = &document.fork;
+    let blanks = std::mem::take(&mut prepared.blanks);
     log.step("hostname", || -> io::Result<_> {
         rustix::system::sethostname(fork.hostname.as_str().as_bytes())?;
-        prepared.own.hostname(&parts.root, &format!("{}\n", fork.hostname))?;
-        prepared.own.hosts(&parts.root, &format!("{}127.0.1.1\t{}\n", prepared.hosts, fork.hostname))?;
+        blanks.hostname(&parts.root, &format!("{}\n", fork.hostname))?;
+        blanks.hosts(&parts.root, &format!("{}127.0.1.1\t{}\n", prepared.hosts, fork.hostname))?;
         Ok("set".into())
     })?;
     log.step("machine-id", || -> io::Result<_> {
         let line = format!("{}\n", fork.machine_id);
-        prepared.own.machine_id(&parts.root, &line)?;
+        blanks.machine_id(&parts.root, &line)?;
         if prepared.dbus_machine_id {
             parts.root.write(DBUS_MACHINE_ID, 0o444, line.as_bytes())?;
         }
@@ -85,8 +90,8 @@ fn take_on(
     let before = state.identity().map(|identity| identity.limits).unwrap_or_default();
     log.step("limits", || kernel::set_limits(&parts.cgroup, before, document.limits))?;
     log.step("identity-dir", || -> io::Result<_> {
-        let entries = identity_dir::plan(document)?;
-        prepared.written = parts.identity.write(&prepared.written, &entries)?;
+        let entries = identity_dir::plan(document);
+        prepared.written = parts.identity.write(&prepared.written, &entries, blanks.identity())?;
         Ok(format!("{}-files", entries.len()).into())
     })?;
     if !document.files.is_empty() {

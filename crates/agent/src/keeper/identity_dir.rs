@@ -1,13 +1,12 @@
 //! What stands in `/run/offshoot`: one raw value a file, without a newline at its end.
 
-use std::io;
+use std::{io, os::fd::OwnedFd};
 
 use identity::Document;
 use rustix::fs::{Mode, OFlags};
-use serde::Serialize;
 use zeroize::Zeroizing;
 
-use super::root::Root;
+use super::root::{Root, fill};
 
 /// One file of the identity directory.
 #[derive(Debug, PartialEq, Eq)]
@@ -20,27 +19,40 @@ pub struct Entry {
     pub content: Zeroizing<Vec<u8>>,
 }
 
+/// The files that every identity has.
+const EVERY: [&str; 8] =
+    ["id", "name", "hostname", "template", "machine-id", "boot-id", "labels.json", "identity.json"];
+
 /// `identity.json`: everything but secrets, for programs that would rather read one file.
-#[derive(Serialize)]
-struct Public<'a> {
-    id: &'a str,
-    name: &'a str,
-    hostname: &'a str,
-    template: &'a str,
-    machine_id: &'a str,
-    boot_id: &'a str,
-    labels: &'a std::collections::BTreeMap<String, String>,
-    env: &'a std::collections::BTreeMap<identity::EnvName, String>,
+fn identity_json(document: &Document, labels: &str) -> String {
+    let fork = &document.fork;
+    let mut json = String::with_capacity(1024);
+    let members = [
+        ("id", fork.id.as_str()),
+        ("name", fork.name.as_str()),
+        ("hostname", fork.hostname.as_str()),
+        ("template", fork.template.as_str()),
+        ("machine_id", &fork.machine_id),
+        ("boot_id", &fork.boot_id),
+    ];
+    push_object(&mut json, members.into_iter());
+    json.pop();
+    json.push_str(",\"labels\":");
+    json.push_str(labels);
+    json.push_str(",\"env\":");
+    push_object(&mut json, document.env.iter().map(|(name, value)| (name.as_str(), value.as_str())));
+    json.push('}');
+    json
 }
 
-/// The files that a document makes. `identity.json` is last: where it is, the others are.
-///
-/// # Errors
-/// None that a checked document can cause.
-pub fn plan(document: &Document) -> io::Result<Vec<Entry>> {
+/// The files that a document makes.
+#[must_use]
+pub fn plan(document: &Document) -> Vec<Entry> {
     let fork = &document.fork;
     let entry = |path: String, mode, content: &[u8]| Entry { path, mode, content: Zeroizing::new(content.to_vec()) };
     let public = |name: &str, value: &str| entry(name.to_owned(), 0o444, value.as_bytes());
+    let mut labels = String::new();
+    push_object(&mut labels, document.labels.iter().map(|(name, value)| (name.as_str(), value.as_str())));
     let mut entries = vec![
         public("id", fork.id.as_str()),
         public("name", fork.name.as_str()),
@@ -48,24 +60,14 @@ pub fn plan(document: &Document) -> io::Result<Vec<Entry>> {
         public("template", fork.template.as_str()),
         public("machine-id", &fork.machine_id),
         public("boot-id", &fork.boot_id),
-        entry("labels.json".to_owned(), 0o444, &serde_json::to_vec(&document.labels)?),
+        public("labels.json", &labels),
     ];
     let env = document.env.iter().map(|(name, value)| public(&format!("env/{name}"), value));
     entries.extend(env);
     let secrets = document.secrets.iter().map(|(name, value)| entry(format!("secrets/{name}"), 0o400, value.expose()));
     entries.extend(secrets);
-    let all = Public {
-        id: fork.id.as_str(),
-        name: fork.name.as_str(),
-        hostname: fork.hostname.as_str(),
-        template: fork.template.as_str(),
-        machine_id: &fork.machine_id,
-        boot_id: &fork.boot_id,
-        labels: &document.labels,
-        env: &document.env,
-    };
-    entries.push(entry("identity.json".to_owned(), 0o444, &serde_json::to_vec(&all)?));
-    Ok(entries)
+    entries.push(public("identity.json", &identity_json(document, &labels)));
+    entries
 }
 
 /// The identity directory as the agent sees it, with its folders open.
@@ -93,18 +95,41 @@ impl Directory {
         })
     }
 
-    /// Writes the files; removes (secrets: wipes) those of `before`, an earlier identity, that are not among them.
+    /// Makes the files that every identity has, empty, for [`Self::write`] to fill.
+    pub fn blanks(&self) -> Vec<(String, OwnedFd)> {
+        let make = |name: &str| self.top.create(name, 0o444, b"").ok().map(|file| (name.to_owned(), file));
+        EVERY.into_iter().filter_map(make).collect()
+    }
+
+    /// Removes them again.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn remove_blanks(&self, blanks: &[(String, OwnedFd)]) -> io::Result<()> {
+        blanks.iter().try_for_each(|(name, _)| self.top.wipe(name))
+    }
+
+    /// Writes the files, those of `blanks` into the open ones; removes (secrets: wipes) those of `before`, an earlier identity, that are not among them.
     /// Answers with what is there now.
     ///
     /// # Errors
     /// The file that could not be written or removed.
-    pub fn write(&self, before: &[String], entries: &[Entry]) -> io::Result<Vec<String>> {
+    pub fn write(
+        &self,
+        before: &[String],
+        entries: &[Entry],
+        blanks: &[(String, OwnedFd)],
+    ) -> io::Result<Vec<String>> {
         // Secrets are wiped even where a new one takes the name: its memory would keep the old one.
         let stays = |path: &String| !path.starts_with("secrets/") && entries.iter().any(|entry| entry.path == *path);
         for stale in before.iter().filter(|path| !stays(path)) {
             self.top.wipe(stale)?;
         }
         for entry in entries {
+            if let Some((_, file)) = blanks.iter().find(|(path, _)| *path == entry.path) {
+                fill(file, &entry.content).map_err(|error| named(&entry.path, &error))?;
+                continue;
+            }
             let (folder, name) = match entry.path.split_once('/') {
                 Some(("env", name)) => (&self.env, name),
                 Some((_, name)) => (&self.secrets, name),
@@ -114,7 +139,7 @@ impl Directory {
             let replace = before.contains(&entry.path) && stays(&entry.path);
             let result = match replace {
                 true => folder.write(name, entry.mode, &entry.content),
-                false => folder.create(name, entry.mode, &entry.content),
+                false => folder.create(name, entry.mode, &entry.content).map(drop),
             };
             result.map_err(|error| named(&entry.path, &error))?;
         }
@@ -146,7 +171,7 @@ pub(super) mod tests {
 
     #[test]
     fn i12_values_are_raw_and_have_no_newline() {
-        let entries = plan(&document("worker-7")).unwrap();
+        let entries = plan(&document("worker-7"));
         let content = |path: &str| entries.iter().find(|e| e.path == path).map(|e| (&e.content[..], e.mode));
         assert_eq!(content("id"), Some((&b"0123456789abcdef0123"[..], 0o444)));
         assert_eq!(content("hostname"), Some((&b"worker-7"[..], 0o444)));
@@ -158,7 +183,7 @@ pub(super) mod tests {
 
     #[test]
     fn i15_a_secret_is_in_its_own_file_and_nowhere_else() {
-        let entries = plan(&document("a")).unwrap();
+        let entries = plan(&document("a"));
         let with: Vec<_> = entries.iter().filter(|e| e.content.windows(7).any(|w| w == b"hunter2")).collect();
         assert_eq!(with.iter().map(|e| (e.path.as_str(), e.mode)).collect::<Vec<_>>(), [("secrets/KEY", 0o400)]);
     }
@@ -170,7 +195,7 @@ pub(super) mod tests {
             std::fs::create_dir_all(path.join(folder)).unwrap();
         }
         let directory = Directory::open(path.to_str().unwrap()).unwrap();
-        let first = directory.write(&[], &plan(&document("a")).unwrap()).unwrap();
+        let first = directory.write(&[], &plan(&document("a"))).unwrap();
         let mut second = document("b");
         second.env.clear();
         second.secrets.clear();

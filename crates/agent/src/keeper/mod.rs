@@ -20,7 +20,10 @@ use identity::{
     MailboxName,
     mailbox::{MAX_CAPACITY, Nonce},
 };
-use rustix::time::ClockId;
+use rustix::{
+    fs::{Mode, OFlags},
+    time::ClockId,
+};
 use thiserror::Error;
 
 pub use self::{
@@ -52,6 +55,8 @@ struct Parts {
     root: Root,
     identity: identity_dir::Directory,
     kernel: Kernel,
+    /// The workload's `cgroup.freeze`.
+    freezer: OwnedFd,
     ack: AckPort,
     /// The agent's own mailbox.
     own: Mutex<Pages>,
@@ -66,8 +71,8 @@ struct Parts {
 struct Prepared {
     /// `/etc/hosts` without the machine's own name.
     hosts: String,
-    /// The files that carry the machine's own name and id, open.
-    own: prepare::OwnFiles,
+    /// The files that a new identity fills, open and empty.
+    blanks: prepare::Blanks,
     /// Whether there is a second copy of the machine id.
     dbus_machine_id: bool,
     /// SSH host keys that are there now; a new identity removes them.
@@ -136,6 +141,11 @@ impl Keeper {
             root: Root::new(place.root.try_clone()?),
             identity: identity_dir::Directory::open(mounts::IDENTITY)?,
             kernel: Kernel::open()?,
+            freezer: rustix::fs::open(
+                place.cgroup.path().join("cgroup.freeze"),
+                OFlags::WRONLY | OFlags::CLOEXEC,
+                Mode::empty(),
+            )?,
             ack: AckPort::new(ack_port)?,
             own: Mutex::new(Pages::new(MAX_CAPACITY)?),
             prepared: Mutex::default(),
@@ -198,6 +208,10 @@ pub fn quiesce(state: &Arc<AgentState>, timeout: Duration) -> Result<Quiesced, Q
             parts.armed_changed.notify_one();
         }
         Err(_) => {
+            let blanks = std::mem::take(&mut lock(&parts.prepared).blanks);
+            if let Err(error) = blanks.put_back(parts) {
+                console::warn(&format!("the host's name could not be written back: {error}"));
+            }
             // Thawing what is not frozen does nothing.
             if let Err(error) = parts.cgroup.thaw() {
                 console::warn(&format!("the workload could not be thawed after a failed quiesce: {error}"));

@@ -4,24 +4,45 @@ use std::{fs, io, os::fd::OwnedFd};
 
 use super::{
     Parts, Prepared, apply,
-    root::{Root, rewrite},
+    root::{Root, fill},
 };
 use crate::{cgroup, console};
 
-/// Files that carry the machine's own name and id. They are made and opened before the capture, because a first write
-/// into the overlay is the slowest thing a fork could do; where one could not be opened, it is written as any other.
+/// Files that a new identity fills: made, opened and empty before the capture, because a first look at a path, and a first
+/// change of a length, are among the slowest things a fork could do. What could not be opened is written as any other
+/// file. Whoever goes on without a new identity calls [`Blanks::put_back`].
 #[derive(Debug, Default)]
-pub(super) struct OwnFiles {
-    open: [Option<OwnedFd>; 3],
+pub(super) struct Blanks {
+    own: [Option<Own>; 3],
+    identity: Vec<(String, OwnedFd)>,
+}
+
+/// One that carries the machine's own name or id.
+#[derive(Debug)]
+struct Own {
+    file: OwnedFd,
+    /// What was in it.
+    content: Vec<u8>,
 }
 
 const OWN: [(&str, u32); 3] = [("/etc/hostname", 0o644), ("/etc/hosts", 0o644), ("/etc/machine-id", 0o444)];
 
-impl OwnFiles {
-    fn open(root: &Root) -> Self {
-        // With the content they have: a template keeps what it is.
-        let open = |(path, mode): (&str, u32)| root.open_own(path, mode, &root.read(path).unwrap_or_default()).ok();
-        Self { open: OWN.map(open) }
+impl Blanks {
+    fn open(parts: &Parts, first_identity: bool) -> Self {
+        let open = |(path, mode): (&str, u32)| {
+            let content = parts.root.read(path).unwrap_or_default();
+            match parts.root.open_blank(path, mode) {
+                Ok(file) => Some(Own { file, content }),
+                Err(_) => {
+                    // It may have been emptied; it keeps what it had.
+                    let _ = parts.root.write(path, mode, &content);
+                    None
+                }
+            }
+        };
+        // Later ones replace the files there are.
+        let identity = if first_identity { parts.identity.blanks() } else { Vec::new() };
+        Self { own: OWN.map(open), identity }
     }
 
     pub(super) fn hostname(&self, root: &Root, content: &str) -> io::Result<()> {
@@ -36,11 +57,24 @@ impl OwnFiles {
         self.write(2, root, content)
     }
 
+    /// Those of the identity directory.
+    pub(super) fn identity(&self) -> &[(String, OwnedFd)] {
+        &self.identity
+    }
+
     fn write(&self, which: usize, root: &Root, content: &str) -> io::Result<()> {
-        match &self.open[which] {
-            Some(file) => rewrite(file, content.as_bytes()),
+        match &self.own[which] {
+            Some(own) => fill(&own.file, content.as_bytes()),
             None => root.write(OWN[which].0, OWN[which].1, content.as_bytes()),
         }
+    }
+
+    /// Everything as it was.
+    pub(super) fn put_back(self, parts: &Parts) -> io::Result<()> {
+        for own in self.own.iter().flatten() {
+            fill(&own.file, &own.content)?;
+        }
+        parts.identity.remove_blanks(&self.identity)
     }
 }
 
@@ -48,7 +82,7 @@ impl OwnFiles {
 pub(super) fn look_ahead(parts: &Parts, prepared: &mut Prepared) {
     let hosts = parts.root.read("/etc/hosts").unwrap_or_default();
     prepared.hosts = apply::hosts_without_own_name(&String::from_utf8_lossy(&hosts));
-    prepared.own = OwnFiles::open(&parts.root);
+    prepared.blanks = Blanks::open(parts, prepared.written.is_empty());
     prepared.dbus_machine_id = parts.root.is_file(apply::DBUS_MACHINE_ID);
     let is_key =
         |name: &String| name.starts_with("ssh_host_") && (name.ends_with("_key") || name.ends_with("_key.pub"));

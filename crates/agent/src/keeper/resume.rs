@@ -46,6 +46,7 @@ pub(super) fn run(state: &Arc<AgentState>, parts: &Parts) {
         *armed = false;
         drop(armed);
         touch_stack();
+        touch_heap();
         wait_until_filled(parts);
         answer(state, parts);
     }
@@ -66,12 +67,13 @@ fn wait_until_filled(parts: &Parts) {
         }
         last = now;
     }
+    // Before the host is told: it captures at once, and a fork goes on where that was.
+    set_real_time(true);
     if !own.is_filled()
         && let Err(error) = parts.ack.send(ARMED, Instant::now() + ACK_DEADLINE)
     {
         console::warn(&format!("the host could not be told that the agent is armed: {error}"));
     }
-    set_real_time(true);
     while !own.is_filled() {
         std::hint::spin_loop();
     }
@@ -105,6 +107,7 @@ fn answer(state: &Arc<AgentState>, parts: &Parts) {
     }
     send(parts, &ack, &key);
     set_real_time(false);
+    state.supervisor().calm();
     match (&ack.reason, fork) {
         (None, Some(fork)) => state.keeper().mailboxes().deliver(state, &fork, others),
         // Payloads that nobody will get are dropped, and thereby wiped.
@@ -130,8 +133,7 @@ fn apply(
         apply::until_thaw(state, parts, &mut prepared, &mut document, log)?;
         prepared.wants_host_keys && document.action == Action::Become
     };
-    // What follows waits for others, so it must let them run.
-    set_real_time(false);
+    // What follows waits for others: they run while this thread sleeps, and it goes on as soon as they have answered.
     if make_keys {
         log.step("ssh-host-keys", || make_host_keys(state))?;
     }
@@ -166,6 +168,7 @@ fn make_host_keys(state: &Arc<AgentState>) -> Result<std::borrow::Cow<'static, s
 
 fn fail_silently(state: &Arc<AgentState>, reason: &str) {
     set_real_time(false);
+    state.supervisor().calm();
     state.set_phase(Phase::Failed);
     console::warn(&format!("no identity could be taken: {reason}"));
 }
@@ -179,10 +182,17 @@ fn send(parts: &Parts, ack: &Ack, key: &AckKey) {
 /// Real-time priority for this thread while it waits for, and applies, the identity: nothing gets in between. Processes
 /// it starts do not inherit it. Best effort: without it a fork is only later.
 fn set_real_time(on: bool) {
-    let parameters = libc::sched_param { sched_priority: i32::from(on) };
+    // Above the runtime, which has the lowest while it is told: its deadline holds even if it never sleeps.
+    let parameters = libc::sched_param { sched_priority: if on { 2 } else { 0 } };
     let policy = if on { libc::SCHED_FIFO } else { libc::SCHED_OTHER };
     // SAFETY: the call reads the parameters and keeps no reference; 0 is the calling thread.
     let _ = unsafe { libc::sched_setscheduler(0, policy | libc::SCHED_RESET_ON_FORK, &raw const parameters) };
+}
+
+/// Makes the memory that the resume will allocate present: what is freed here stays in this thread's arena.
+#[inline(never)]
+fn touch_heap() {
+    std::hint::black_box(vec![1_u8; 96 * 1024]);
 }
 
 /// Makes the stack that the resume will use present.

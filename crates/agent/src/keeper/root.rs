@@ -50,12 +50,12 @@ impl Root {
         })
     }
 
-    /// Opens a regular file for [`rewrite`], made anew beside the old one so that it is writable and not a link.
+    /// Opens an empty regular file for [`fill`], made anew in place of the old one so that it is writable and not a link.
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn open_own(&self, path: &str, mode: u32, content: &[u8]) -> io::Result<OwnedFd> {
-        self.write(path, mode, content)?;
+    pub fn open_blank(&self, path: &str, mode: u32) -> io::Result<OwnedFd> {
+        self.write(path, mode, b"")?;
         let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         Ok(rustix::fs::openat2(&self.0, relative(path), flags, Mode::empty(), ResolveFlags::IN_ROOT)?)
     }
@@ -64,10 +64,11 @@ impl Root {
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn create(&self, name: &str, mode: u32, content: &[u8]) -> io::Result<()> {
+    pub fn create(&self, name: &str, mode: u32, content: &[u8]) -> io::Result<OwnedFd> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = rustix::fs::openat(&self.0, name, flags, Mode::from_raw_mode(mode))?;
-        write_all(&file, content)
+        write_all(&file, content)?;
+        Ok(file)
     }
 
     /// Reads a file, at most 64 KiB of it.
@@ -163,16 +164,12 @@ impl AsFd for Root {
     }
 }
 
-/// Replaces an open file's content in place. Only for while the workload is frozen: nobody can read a part.
+/// Gives an open, empty file its content. Only for while the workload is frozen: nobody can read a part.
 ///
 /// # Errors
 /// What the kernel says.
-pub fn rewrite(file: &OwnedFd, content: &[u8]) -> io::Result<()> {
-    if rustix::io::pwrite(file, content, 0)? != content.len() {
-        return Err(io::ErrorKind::WriteZero.into());
-    }
-    let len = u64::try_from(content.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
-    Ok(rustix::fs::ftruncate(file, len)?)
+pub fn fill(file: &OwnedFd, content: &[u8]) -> io::Result<()> {
+    if rustix::io::pwrite(file, content, 0)? == content.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
 }
 
 fn write_all(file: &OwnedFd, content: &[u8]) -> io::Result<()> {

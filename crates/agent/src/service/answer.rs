@@ -98,6 +98,20 @@ pub(crate) fn push_string(line: &mut String, text: &str) {
     line.push('"');
 }
 
+/// An object of strings.
+pub(crate) fn push_object<'a>(line: &mut String, members: impl Iterator<Item = (&'a str, &'a str)>) {
+    line.push('{');
+    for (index, (name, value)) in members.enumerate() {
+        if index > 0 {
+            line.push(',');
+        }
+        push_string(line, name);
+        line.push(':');
+        push_string(line, value);
+    }
+    line.push('}');
+}
+
 fn text_of(raw: &str) -> Option<String> {
     serde_json::from_str(raw).ok()
 }

@@ -186,6 +186,7 @@ impl Supervisor {
         let Some(runtime) = runtime else { return Ok(Vec::new()) };
         let id = runtime.next_id();
         let report = runtime.event("quiesce", &quiesce_request(id), id, deadline)?;
+        runtime.set_urgent(true);
         let uncovered = report.into_iter().filter(|(name, _)| name == "uncovered");
         Ok(uncovered.map(|(_, what)| format!("the runtime can not reseed {what} in a fork; see its log")).collect())
     }
@@ -198,7 +199,15 @@ impl Supervisor {
 
     /// Called if a capture is given up after [`Self::prepare_quiesce`]: everything goes on.
     pub fn abandon_quiesce(&self) {
+        self.calm();
         self.gate.open();
+    }
+
+    /// Called once the fork has answered, or the capture was given up: nobody has the right of way any more.
+    pub fn calm(&self) {
+        if let (_, Some(runtime)) = self.parts() {
+            runtime.set_urgent(false);
+        }
     }
 
     /// Called on the keeper's thread right after the thaw (blocking; the fork's ack waits for it): in-process events,

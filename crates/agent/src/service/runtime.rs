@@ -10,7 +10,7 @@ use std::{
 use rustix::process::Signal;
 
 use super::{
-    answer::{Answer, push_string},
+    answer::{Answer, push_object, push_string},
     conversation::{Conversation, NoAnswer},
     gate::Gate,
     log::Logs,
@@ -185,6 +185,14 @@ impl Runtime {
         }
     }
 
+    /// Gives its process the right of way on the CPU while it has to answer the identity event, or takes it away. It
+    /// has it at the capture: in a fork nothing else of the workload, nor the kernel's own threads, run before it then.
+    /// Processes and threads that it starts do not have it. Best effort: without it a fork is only later.
+    pub(crate) fn set_urgent(&self, on: bool) {
+        let Some(process) = self.lock().process.clone() else { return };
+        crate::keeper::set_real_time(process.pid(), i32::from(on));
+    }
+
     /// Interrupts the request in progress.
     pub(crate) fn interrupt(conversation: &Conversation) {
         // If it has ended, there is nothing to interrupt.
@@ -321,26 +329,13 @@ pub(crate) fn identity_request(id: u64, identity: &Identity) -> String {
     let fork = &identity.fork;
     let values = [fork.id.as_str(), fork.name.as_str(), fork.hostname.as_str(), fork.template.as_str()];
     let mut line = format!(r#"{{"type":"identity","id":{id},"fork":"#);
-    object(&mut line, ["id", "name", "hostname", "template"].into_iter().zip(values));
+    push_object(&mut line, ["id", "name", "hostname", "template"].into_iter().zip(values));
     line.push_str(r#","env":"#);
     let given = identity.env.iter().map(|(name, value)| (name.as_str(), value.as_str()));
     let given = given.filter(|(name, _)| !IDENTITY_VARIABLES.contains(name));
-    object(&mut line, given.chain(IDENTITY_VARIABLES.into_iter().zip(values)));
+    push_object(&mut line, given.chain(IDENTITY_VARIABLES.into_iter().zip(values)));
     line.push('}');
     line
-}
-
-fn object<'a>(line: &mut String, members: impl Iterator<Item = (&'a str, &'a str)>) {
-    line.push('{');
-    for (index, (name, value)) in members.enumerate() {
-        if index > 0 {
-            line.push(',');
-        }
-        push_string(line, name);
-        line.push(':');
-        push_string(line, value);
-    }
-    line.push('}');
 }
 
 /// The request to evaluate code.

@@ -9,6 +9,7 @@ use guest_api::proto::{
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     sync::mpsc,
+    time::timeout,
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
@@ -17,6 +18,9 @@ use super::{GuestChannel, GuestError, clean};
 
 /// Bytes of input per message.
 const CHUNK: usize = 16 * 1024;
+
+/// Time for the guest to end a command whose time is up, and to say so.
+const GRACE: Duration = Duration::from_secs(15);
 
 /// A command to run in a guest.
 #[derive(Debug, Clone, Default)]
@@ -95,6 +99,7 @@ pub(super) async fn run(
 ) -> Result<ExecResult, GuestError> {
     let (inputs, messages) = mpsc::channel(4);
     let message = |input| ExecInput { input: Some(input) };
+    let start_limit = (start.timeout_ms > 0).then(|| Duration::from_millis(start.timeout_ms) + GRACE);
     inputs.send(message(Input::Start(start))).await.map_err(|_| GuestError::Transport("closed".into()))?;
     let control_inputs = inputs.clone();
     let feeding = tokio::spawn(async move {
@@ -119,7 +124,7 @@ pub(super) async fn run(
             }
         }
     });
-    let result = async {
+    let streaming = async {
         let mut outputs = client.exec(ReceiverStream::new(messages)).await?.into_inner();
         while let Some(output) = outputs.message().await? {
             match output.output {
@@ -139,8 +144,12 @@ pub(super) async fn run(
             }
         }
         Err(GuestError::Transport("the sandbox ended before the command did".into()))
-    }
-    .await;
+    };
+    // The guest keeps to the command's deadline; this one is for a guest that does not.
+    let result = match start_limit {
+        None => streaming.await,
+        Some(limit) => timeout(limit, streaming).await.unwrap_or(Err(GuestError::Timeout(limit))),
+    };
     feeding.abort();
     controlling.abort();
     result
