@@ -12,6 +12,8 @@ pub fn settle() {
         ("/proc/sys/vm/stat_interval", "3600"),
         ("/proc/sys/vm/dirty_writeback_centisecs", "0"),
         ("/proc/sys/kernel/watchdog", "0"),
+        // No timer that bounds real-time threads. A workload that hogs the CPU hogs its own.
+        ("/proc/sys/kernel/sched_rt_runtime_us", "-1"),
     ] {
         if let Err(error) = fs::write(file, value) {
             console::note(&format!("{file} could not be set to {value}: {error}"));

@@ -7,6 +7,7 @@ use rustix::fs::{Mode, OFlags};
 use zeroize::Zeroizing;
 
 use super::root::{Root, fill};
+use crate::service::push_object;
 
 /// One file of the identity directory.
 #[derive(Debug, PartialEq, Eq)]
@@ -195,11 +196,11 @@ pub(super) mod tests {
             std::fs::create_dir_all(path.join(folder)).unwrap();
         }
         let directory = Directory::open(path.to_str().unwrap()).unwrap();
-        let first = directory.write(&[], &plan(&document("a"))).unwrap();
+        let first = directory.write(&[], &plan(&document("a")), &directory.blanks()).unwrap();
         let mut second = document("b");
         second.env.clear();
         second.secrets.clear();
-        directory.write(&first, &plan(&second).unwrap()).unwrap();
+        directory.write(&first, &plan(&second), &[]).unwrap();
         assert_eq!(std::fs::read_to_string(path.join("name")).unwrap(), "b");
         assert!(!path.join("env/API_URL").exists());
         assert!(!path.join("secrets/KEY").exists());

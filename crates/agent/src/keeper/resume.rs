@@ -47,14 +47,14 @@ pub(super) fn run(state: &Arc<AgentState>, parts: &Parts) {
         drop(armed);
         touch_stack();
         touch_heap();
-        wait_until_filled(parts);
+        wait_until_filled(state, parts);
         answer(state, parts);
     }
 }
 
 /// Spins: the capture stops the guest within milliseconds, and a fork then goes on right here, with nothing between it
 /// and the identity, neither a timer nor the scheduler.
-fn wait_until_filled(parts: &Parts) {
+fn wait_until_filled(state: &AgentState, parts: &Parts) {
     let own = lock(&parts.own);
     // At first the answer has to get out, so everybody else goes first.
     let mut since = Instant::now();
@@ -68,7 +68,7 @@ fn wait_until_filled(parts: &Parts) {
         last = now;
     }
     // Before the host is told: it captures at once, and a fork goes on where that was.
-    set_real_time(true);
+    right_of_way(state, true);
     if !own.is_filled()
         && let Err(error) = parts.ack.send(ARMED, Instant::now() + ACK_DEADLINE)
     {
@@ -106,8 +106,7 @@ fn answer(state: &Arc<AgentState>, parts: &Parts) {
         console::warn(&format!("the identity was not applied: {reason}"));
     }
     send(parts, &ack, &key);
-    set_real_time(false);
-    state.supervisor().calm();
+    right_of_way(state, false);
     match (&ack.reason, fork) {
         (None, Some(fork)) => state.keeper().mailboxes().deliver(state, &fork, others),
         // Payloads that nobody will get are dropped, and thereby wiped.
@@ -167,8 +166,7 @@ fn make_host_keys(state: &Arc<AgentState>) -> Result<std::borrow::Cow<'static, s
 }
 
 fn fail_silently(state: &Arc<AgentState>, reason: &str) {
-    set_real_time(false);
-    state.supervisor().calm();
+    right_of_way(state, false);
     state.set_phase(Phase::Failed);
     console::warn(&format!("no identity could be taken: {reason}"));
 }
@@ -179,14 +177,22 @@ fn send(parts: &Parts, ack: &Ack, key: &AckKey) {
     }
 }
 
-/// Real-time priority for this thread while it waits for, and applies, the identity: nothing gets in between. Processes
-/// it starts do not inherit it. Best effort: without it a fork is only later.
-fn set_real_time(on: bool) {
-    // Above the runtime, which has the lowest while it is told: its deadline holds even if it never sleeps.
-    let parameters = libc::sched_param { sched_priority: if on { 2 } else { 0 } };
-    let policy = if on { libc::SCHED_FIFO } else { libc::SCHED_OTHER };
+/// Who has the right of way on the CPU: this thread while it waits for, and applies, the identity; after it the runtime,
+/// which has to answer before the fork can; then everybody else, the kernel's own threads too. This thread is above the
+/// runtime so that its deadline holds even if that never sleeps. Processes and threads that they start do not inherit
+/// it. Best effort: without it a fork is only later.
+pub(super) fn right_of_way(state: &AgentState, on: bool) {
+    set_real_time(0, if on { 2 } else { 0 });
+    if let Some(runtime) = state.supervisor().first_in_line() {
+        set_real_time(runtime.pid(), i32::from(on));
+    }
+}
+
+fn set_real_time(thread: i32, priority: i32) {
+    let parameters = libc::sched_param { sched_priority: priority };
+    let policy = if priority > 0 { libc::SCHED_FIFO } else { libc::SCHED_OTHER };
     // SAFETY: the call reads the parameters and keeps no reference; 0 is the calling thread.
-    let _ = unsafe { libc::sched_setscheduler(0, policy | libc::SCHED_RESET_ON_FORK, &raw const parameters) };
+    let _ = unsafe { libc::sched_setscheduler(thread, policy | libc::SCHED_RESET_ON_FORK, &raw const parameters) };
 }
 
 /// Makes the memory that the resume will allocate present: what is freed here stays in this thread's arena.

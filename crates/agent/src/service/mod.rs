@@ -40,11 +40,15 @@ use self::{
     unit::Unit,
     world::World,
 };
+pub(crate) use self::answer::push_object;
 pub use self::{
     log::{Follower, Logs},
     spec::SpecError,
 };
-use crate::state::{AgentState, Identity};
+use crate::{
+    state::{AgentState, Identity},
+    workload::Process,
+};
 
 /// Deadline of an evaluation that names none.
 const DEFAULT_EVAL_TIMEOUT: Duration = Duration::from_secs(60);
@@ -186,7 +190,6 @@ impl Supervisor {
         let Some(runtime) = runtime else { return Ok(Vec::new()) };
         let id = runtime.next_id();
         let report = runtime.event("quiesce", &quiesce_request(id), id, deadline)?;
-        runtime.set_urgent(true);
         let uncovered = report.into_iter().filter(|(name, _)| name == "uncovered");
         Ok(uncovered.map(|(_, what)| format!("the runtime can not reseed {what} in a fork; see its log")).collect())
     }
@@ -199,15 +202,12 @@ impl Supervisor {
 
     /// Called if a capture is given up after [`Self::prepare_quiesce`]: everything goes on.
     pub fn abandon_quiesce(&self) {
-        self.calm();
         self.gate.open();
     }
 
-    /// Called once the fork has answered, or the capture was given up: nobody has the right of way any more.
-    pub fn calm(&self) {
-        if let (_, Some(runtime)) = self.parts() {
-            runtime.set_urgent(false);
-        }
+    /// The process that has to answer before a fork can, if there is one.
+    pub fn first_in_line(&self) -> Option<Arc<Process>> {
+        self.parts().1?.process()
     }
 
     /// Called on the keeper's thread right after the thaw (blocking; the fork's ack waits for it): in-process events,

@@ -185,12 +185,9 @@ impl Runtime {
         }
     }
 
-    /// Gives its process the right of way on the CPU while it has to answer the identity event, or takes it away. It
-    /// has it at the capture: in a fork nothing else of the workload, nor the kernel's own threads, run before it then.
-    /// Processes and threads that it starts do not have it. Best effort: without it a fork is only later.
-    pub(crate) fn set_urgent(&self, on: bool) {
-        let Some(process) = self.lock().process.clone() else { return };
-        crate::keeper::set_real_time(process.pid(), i32::from(on));
+    /// Its process.
+    pub(crate) fn process(&self) -> Option<Arc<Process>> {
+        self.lock().process.clone()
     }
 
     /// Interrupts the request in progress.
