@@ -191,7 +191,7 @@ impl Plan<'_> {
         let mut fork = self.identity_of(ForkId::parse(&"0".repeat(20))?, ForkName::parse(&"a".repeat(63))?)?;
         fork.template.clone_from(&self.template.manifest().tag);
         let document = self.document(fork, &AckKey::new([0; 32]))?;
-        let (len, capacity) = (document.to_json().expose().len(), self.identity.capacity);
+        let (len, capacity) = (document.to_bytes().expose().len(), self.identity.capacity);
         if len > capacity {
             return Err(RequestError::IdentityTooLong { len, capacity }.into());
         }
@@ -229,7 +229,7 @@ impl Plan<'_> {
         let identity = self.identity_of(id.clone(), name.clone())?;
         let (record_id, hostname) = (identity.machine_id.clone(), identity.hostname.clone());
         let boot_id = identity.boot_id.clone();
-        let (waiter, letter, others) = self.letters(&id, &ack_key, self.document(identity, &ack_key)?.to_json());
+        let (waiter, letter, others) = self.letters(&id, &ack_key, self.document(identity, &ack_key)?.to_bytes());
         let sealed = paused.deliver(letter, others)?;
         watch.step("deliver");
         fault::point("fork.delivered", Some(&process)).map_err(state("delivering the identity"))?;

@@ -1,4 +1,5 @@
-//! The identity document: what a fork is told before any of its workloads runs.
+//! The identity document: what a fork is told before any of its workloads runs. The mailbox carries it as bytes
+//! ([`Document::to_bytes`] and [`Document::from_bytes`]); the form in JSON is for people and tools.
 
 use std::collections::BTreeMap;
 
@@ -138,6 +139,12 @@ pub enum DocumentError {
         line: usize,
         /// Column, from 1.
         column: usize,
+    },
+    /// Not bytes of the document's form.
+    #[error("the identity document is malformed at byte {at}")]
+    MalformedBytes {
+        /// Where, from 0.
+        at: usize,
     },
     /// Another format.
     #[error("the identity document has format {0}; this build knows format {FORMAT}")]

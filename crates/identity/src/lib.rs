@@ -11,6 +11,7 @@ pub mod key;
 pub mod mailbox;
 pub mod name;
 pub mod secret;
+mod wire;
 
 pub use ack::{Ack, AckError, Stage, Step};
 pub use document::{Action, ClockNanos, Document, DocumentError, File, ForkIdentity, Limits};

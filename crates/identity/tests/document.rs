@@ -34,7 +34,13 @@ fn document() -> Document {
 fn refused(change: impl FnOnce(&mut Document)) -> DocumentError {
     let mut document = document();
     change(&mut document);
-    Document::from_json(document.to_json().expose()).unwrap_err()
+    let error = Document::from_json(document.to_json().expose()).unwrap_err();
+    // The bytes are read under the same rules; too many entries end the reading.
+    match Document::from_bytes(document.to_bytes().expose()).unwrap_err() {
+        DocumentError::MalformedBytes { .. } => assert!(document.labels.len() > MAX_ENTRIES),
+        other => assert_eq!(other, error),
+    }
+    error
 }
 
 #[test]
@@ -44,6 +50,43 @@ fn a_document_reads_back_as_it_was_written() {
     assert_eq!(after.to_json(), before.to_json());
     assert_eq!(after.wall_clock, ClockNanos(u64::MAX), "no digit of a large number is lost");
     assert_eq!(after.secrets, before.secrets);
+    let after = Document::from_bytes(before.to_bytes().expose()).unwrap();
+    assert_eq!(after.to_json(), before.to_json());
+    let source = Document { action: Action::Continue, limits: Limits::default(), ..before };
+    let after = Document::from_bytes(source.to_bytes().expose()).unwrap();
+    assert_eq!(after.to_json(), source.to_json());
+}
+
+#[test]
+fn bytes_have_one_form() {
+    let bytes = document().to_bytes().expose().to_vec();
+    let at = |text: &[u8]| bytes.windows(text.len()).position(|window| window == text).unwrap();
+    let mut longer = bytes.clone();
+    longer.push(0);
+    let mut unknown_action = bytes.clone();
+    unknown_action[8] = 3;
+    let mut half_a_limit = bytes.clone();
+    half_a_limit[20] = 2;
+    let mut not_text = bytes.clone();
+    not_text[at(b"http://x")] = 0xff;
+    let mut bad_name = bytes.clone();
+    bad_name[at(b"API_URL")] = b'=';
+    let mut endless = bytes.clone();
+    endless[at(b"worker-7") - 4..][..4].copy_from_slice(&[0xff; 4]);
+    for bad in [longer, unknown_action, half_a_limit, not_text, bad_name, endless, Vec::new()] {
+        assert!(matches!(Document::from_bytes(&bad), Err(DocumentError::MalformedBytes { .. })));
+    }
+    // Two labels, the second before the first, and the same twice.
+    for second in [b'y', b'z'] {
+        let mut two = document();
+        two.labels = [("y".to_owned(), String::new()), ("z".to_owned(), String::new())].into();
+        let mut bytes = two.to_bytes().expose().to_vec();
+        assert!(Document::from_bytes(&bytes).is_ok());
+        let first = bytes.windows(9).position(|window| window == b"\x01\0\0\0y\0\0\0\0").unwrap();
+        bytes[first + 4] = b'z';
+        bytes[first + 13] = second;
+        assert!(matches!(Document::from_bytes(&bytes), Err(DocumentError::MalformedBytes { .. })));
+    }
 }
 
 #[test]
@@ -108,6 +151,21 @@ proptest! {
     #[test]
     fn no_bytes_make_the_parser_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         prop_assert!(Document::from_json(&bytes).is_err());
+        prop_assert!(Document::from_bytes(&bytes).is_err());
+    }
+
+    #[test]
+    fn bytes_changed_anywhere_are_refused_or_have_their_one_form(
+        at in any::<prop::sample::Index>(), change in prop::collection::vec(any::<u8>(), 1..6),
+    ) {
+        let mut bytes = document().to_bytes().expose().to_vec();
+        let at = at.index(bytes.len());
+        let end = bytes.len().min(at + change.len());
+        bytes[at..end].copy_from_slice(&change[..end - at]);
+        if let Ok(read) = Document::from_bytes(&bytes) {
+            let again = read.to_bytes();
+            prop_assert_eq!(again.expose(), &bytes[..]);
+        }
     }
 
     #[test]
@@ -115,6 +173,9 @@ proptest! {
         let json = document().to_json();
         let json = json.expose();
         prop_assert!(Document::from_json(&json[..at.index(json.len())]).is_err());
+        let bytes = document().to_bytes();
+        let bytes = bytes.expose();
+        prop_assert!(Document::from_bytes(&bytes[..at.index(bytes.len())]).is_err());
     }
 
     #[test]
@@ -122,8 +183,12 @@ proptest! {
         let mut document = document();
         document.files[0].content = Secret::new(content);
         document.env.insert(EnvName::parse("X").unwrap(), value);
-        let after = Document::from_json(document.to_json().expose()).unwrap();
-        prop_assert_eq!(after.files, document.files);
-        prop_assert_eq!(after.env, document.env);
+        for after in [
+            Document::from_json(document.to_json().expose()).unwrap(),
+            Document::from_bytes(document.to_bytes().expose()).unwrap(),
+        ] {
+            prop_assert_eq!(&after.files, &document.files);
+            prop_assert_eq!(&after.env, &document.env);
+        }
     }
 }

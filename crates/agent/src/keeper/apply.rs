@@ -113,6 +113,8 @@ fn take_on(
             Ok("removed".into())
         })?;
     }
+    // Closing takes its time, and nobody waits for it: at the next capture, or never.
+    prepared.filled = blanks;
     log.step("environment", || -> Result<_, io::Error> {
         state.set_identity(Arc::new(Identity::of(document)));
         Ok(format!("{}-variables", document.env.len()).into())

@@ -115,12 +115,7 @@ impl Directory {
     ///
     /// # Errors
     /// The file that could not be written or removed.
-    pub fn write(
-        &self,
-        before: &[String],
-        entries: &[Entry],
-        blanks: &[(String, OwnedFd)],
-    ) -> io::Result<Vec<String>> {
+    pub fn write(&self, before: &[String], entries: &[Entry], blanks: &[(String, OwnedFd)]) -> io::Result<Vec<String>> {
         // Secrets are wiped even where a new one takes the name: its memory would keep the old one.
         let stays = |path: &String| !path.starts_with("secrets/") && entries.iter().any(|entry| entry.path == *path);
         for stale in before.iter().filter(|path| !stays(path)) {

@@ -73,6 +73,8 @@ struct Prepared {
     hosts: String,
     /// The files that a new identity fills, open and empty.
     blanks: prepare::Blanks,
+    /// Those of the last capture, which the identity has filled.
+    filled: prepare::Blanks,
     /// Whether there is a second copy of the machine id.
     dbus_machine_id: bool,
     /// SSH host keys that are there now; a new identity removes them.

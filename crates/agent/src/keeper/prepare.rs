@@ -82,6 +82,7 @@ impl Blanks {
 pub(super) fn look_ahead(parts: &Parts, prepared: &mut Prepared) {
     let hosts = parts.root.read("/etc/hosts").unwrap_or_default();
     prepared.hosts = apply::hosts_without_own_name(&String::from_utf8_lossy(&hosts));
+    prepared.filled = Blanks::default();
     prepared.blanks = Blanks::open(parts, prepared.written.is_empty());
     prepared.dbus_machine_id = parts.root.is_file(apply::DBUS_MACHINE_ID);
     let is_key =

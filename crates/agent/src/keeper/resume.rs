@@ -122,7 +122,7 @@ fn apply(
     log: &mut Log,
     fork: &mut Option<ForkId>,
 ) -> Result<(), Failed> {
-    let mut document = Document::from_json(payload.expose()).map_err(|error| Failed(format!("document: {error}")))?;
+    let mut document = Document::from_bytes(payload.expose()).map_err(|error| Failed(format!("document: {error}")))?;
     drop(payload);
     *fork = Some(document.fork.id.clone());
     let micros = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);

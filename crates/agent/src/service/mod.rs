@@ -31,6 +31,7 @@ use guest_api::proto::{EvalError, EvalReply, WarmRequest};
 use identity::Step;
 use thiserror::Error;
 
+pub(crate) use self::answer::push_object;
 use self::{
     answer::Answer,
     conversation::NoAnswer,
@@ -40,7 +41,6 @@ use self::{
     unit::Unit,
     world::World,
 };
-pub(crate) use self::answer::push_object;
 pub use self::{
     log::{Follower, Logs},
     spec::SpecError,

@@ -121,16 +121,20 @@ impl Decoder {
     }
 
     fn finish(&mut self) -> Option<Frame> {
-        let frame = std::mem::take(&mut self.frame);
-        self.escaped = false;
-        if std::mem::take(&mut self.broken) || frame.len() < HEADER {
-            return None;
-        }
-        let (header, payload) = frame.split_at(HEADER);
-        let kind = Kind::from_u8(header[0])?;
-        let session = u64::from_le_bytes(header[1..9].try_into().ok()?);
-        let len = u32::from_le_bytes(header[9..].try_into().ok()?);
-        (payload.len() as u64 == u64::from(len)).then(|| Frame { kind, session, payload: payload.to_vec() })
+        let whole = !std::mem::take(&mut self.broken);
+        let frame = self.frame.split_first_chunk::<HEADER>().and_then(|(header, payload)| {
+            let kind = Kind::from_u8(header[0])?;
+            let session = u64::from_le_bytes(header[1..9].try_into().ok()?);
+            let len = u32::from_le_bytes(header[9..].try_into().ok()?);
+            (whole && payload.len() as u64 == u64::from(len)).then(|| Frame {
+                kind,
+                session,
+                payload: payload.to_vec(),
+            })
+        });
+        // Its memory serves the next frame.
+        self.frame.clear();
+        frame
     }
 }
 

@@ -18,12 +18,12 @@ use guest_api::{
         EvalReply, EvalRequest, LogChunk, LogsRequest, PingReply, PingRequest, QuiesceReply, QuiesceRequest,
         WarmRequest, agent_client::AgentClient,
     },
-    session,
+    session::{self, Session},
 };
 use hyper_util::rt::TokioIo;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use thiserror::Error;
-use tokio::{io::DuplexStream, net::UnixStream, time::timeout};
+use tokio::{net::UnixStream, time::timeout};
 use tonic::{
     Code, Status, Streaming,
     transport::{Channel, Endpoint},
@@ -224,7 +224,7 @@ async fn open_socket(dir: &Path, number: usize) -> Result<UnixStream, GuestError
 }
 
 /// HTTP/2 over the session's one stream. No keep-alive: an idle guest must cost nothing.
-async fn http2(stream: DuplexStream, deadline: Instant, limit: Duration) -> Result<Channel, GuestError> {
+async fn http2(stream: Session, deadline: Instant, limit: Duration) -> Result<Channel, GuestError> {
     // A connector is asked for a stream each time a connection is wanted; there is one.
     let stream = Arc::new(Mutex::new(Some(stream)));
     let connector = tower::service_fn(move |_| {

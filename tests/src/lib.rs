@@ -1,0 +1,18 @@
+//! What the tests of the whole system share: the program, templates that are built once, homes that must be empty at the
+//! end, and what `/proc` says about machines.
+//!
+//! Nothing is skipped: a program or package that is missing fails the test, with the command that helps.
+#![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::missing_panics_doc)]
+
+pub mod bench;
+pub mod processes;
+pub mod programs;
+pub mod recipes;
+pub mod run;
+pub mod templates;
+pub mod watch;
+
+pub use bench::{Bench, Fork};
+pub use run::Run;
+pub use templates::{Kind, Template};

@@ -1,0 +1,81 @@
+//! The tests' recipes, with their C programs compiled.
+
+use std::{
+    fs,
+    hash::{DefaultHasher, Hash, Hasher},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use crate::programs;
+
+/// A recipe's folder, ready to be built, and a hash of everything in it.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The folder.
+    pub dir: PathBuf,
+    /// Changes with its files.
+    pub hash: u64,
+}
+
+/// Copies `tests/recipes/NAME` and compiles what is C in it. The caller holds the lock of the recipe's template.
+#[must_use]
+pub fn prepare(name: &str) -> Prepared {
+    let from = programs::source().join("tests/recipes").join(name);
+    let dir = programs::kept().join("recipes").join(name);
+    let _ = fs::remove_dir_all(&dir);
+    fs::create_dir_all(&dir).expect("the recipe's folder can be made");
+    for path in files(&from) {
+        add(&path, &dir);
+    }
+    match name {
+        "mailboxes" => add(&programs::source().join("examples/mailbox/mailbox.c"), &dir),
+        "python-watched" => {
+            let python = programs::source().join("recipes/python");
+            add(&python.join("bridge.py"), &dir);
+            add(&programs::source().join("examples/mailbox/mailbox.py"), &dir);
+            // The built-in recipe as it is, and the watcher behind it.
+            let read = |path: &Path| fs::read_to_string(path).expect("the recipe can be read");
+            let recipe = read(&python.join("recipe.toml")) + &read(&dir.join("more.toml"));
+            fs::write(dir.join("recipe.toml"), recipe).expect("the recipe can be written");
+        }
+        _ => {}
+    }
+    let hash = hash(&dir);
+    Prepared { dir, hash }
+}
+
+fn files(dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
+    let mut files: Vec<_> = entries.map(|entry| entry.expect("readable").path()).collect();
+    files.sort();
+    files
+}
+
+fn add(path: &Path, dir: &Path) {
+    let name = path.file_name().expect("a file has a name");
+    if path.extension().is_some_and(|extension| extension == "c") {
+        compile(path, &dir.join(path.file_stem().expect("a file has a name")));
+    } else {
+        fs::copy(path, dir.join(name)).expect("the recipe's file can be copied");
+    }
+}
+
+/// Compiles one C file into a program that needs no library in the guest.
+pub fn compile(source: &Path, program: &Path) {
+    let output = Command::new(programs::distribution("gcc", "gcc libc6-dev"))
+        .args(["-O2", "-Wall", "-Werror", "-static", "-pthread", "-o"])
+        .args([program, source])
+        .output()
+        .expect("gcc can be started");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn hash(dir: &Path) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    for path in files(dir) {
+        path.file_name().hash(&mut hasher);
+        fs::read(&path).expect("the recipe's file can be read").hash(&mut hasher);
+    }
+    hasher.finish()
+}

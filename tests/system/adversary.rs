@@ -1,0 +1,73 @@
+//! I1: no workload process of a fork runs one instruction before that fork's identity is applied.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use offshoot_tests::{
+    Bench, Kind,
+    watch::{self, Findings},
+};
+
+const FORKS: usize = 8;
+
+/// Forks the template, waits until every writer has seen enough, and checks what they wrote.
+fn watch_forks(kind: Kind, writers: usize) -> Findings {
+    let bench = Bench::new();
+    let template = bench.template(kind);
+    let asked = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let forks = bench.fork(&template, &["-n", &FORKS.to_string()]);
+    let logs = tempfile::tempdir().unwrap();
+    let mut written = Vec::new();
+    for fork in forks {
+        // A writer that never gets an identity would never be done.
+        let _ = bench.sh(
+            &fork,
+            &format!(
+                "n=0; until [ $(ls /dev/shm/watch | grep -c done) -eq {writers} ] || [ $n -gt 600 ]; do sleep 0.1; n=$((n+1)); done"
+            ),
+        );
+        let to = logs.path().join(fork.id());
+        let from = format!("{}:/dev/shm/watch", fork.name());
+        let _ = bench.offshoot(&["cp", &from, to.to_str().unwrap()]).ok();
+        let entries = watch::read(&to);
+        written.push((fork, entries));
+    }
+    let asked_ns = u64::try_from(asked.as_nanos()).unwrap();
+    let findings = watch::check(&written, watch::frozen_ns(&template.manifest), asked_ns);
+    bench.end();
+    findings
+}
+
+/// The positive control: the adversary ran before the capture, and every writer after it, in every fork.
+fn assert_it_ran(findings: &Findings, writers: usize) {
+    assert!(findings.before > 100 * FORKS, "only {} entries before the freeze", findings.before);
+    assert_eq!(findings.writers, [writers; FORKS], "writers that ran in each fork");
+    assert!(findings.after.iter().all(|&count| count > 100), "entries after the freeze: {:?}", findings.after);
+}
+
+#[test]
+fn i1_no_thread_or_process_sees_the_templates_world_after_the_capture() {
+    let findings = watch_forks(Kind::Watched, 5);
+    assert_it_ran(&findings, 5);
+    let (count, first) = (findings.violations.len(), findings.violations.first());
+    println!("{} entries before, {:?} after", findings.before, findings.after);
+    assert_eq!(count, 0, "the first one: {first:?}");
+}
+
+#[test]
+fn i1_python_does_not_see_the_templates_world_after_the_capture() {
+    let findings = watch_forks(Kind::Python, 4);
+    assert_it_ran(&findings, 4);
+    let (count, first) = (findings.violations.len(), findings.violations.first());
+    println!("{} entries before, {:?} after", findings.before, findings.after);
+    assert_eq!(count, 0, "the first one: {first:?}");
+}
+
+#[test]
+fn i1_without_the_freeze_the_adversary_is_found_out() {
+    let findings = watch_forks(Kind::WatchedWithoutFreeze, 5);
+    assert_it_ran(&findings, 5);
+    println!("{} violations", findings.violations.len());
+    for kind in ["another id", "another host name", "the template's wall clock"] {
+        assert!(findings.violations.iter().any(|(why, _)| *why == kind), "nothing shows {kind}");
+    }
+}

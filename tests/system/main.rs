@@ -1,0 +1,13 @@
+//! Tests of the whole system: real guests through the real command line. `scripts/test` runs them.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod adversary;
+mod eval;
+mod exec;
+mod identity;
+mod idle;
+mod isolation;
+mod limits;
+mod mailboxes;
+mod own_rootfs;
+mod recovery;
