@@ -8,6 +8,7 @@ mod command;
 mod kvm;
 mod launch;
 mod qmp;
+mod tsc;
 
 use std::{
     fs::{File, OpenOptions},
@@ -103,6 +104,9 @@ impl QemuEngine {
         let kernel = prepared.open(spec.kernel)?;
         let initramfs = initramfs.map(|path| prepared.open(path)).transpose()?;
         let console = prepared.console(spec.dir)?;
+        // Under KVM the kernel is told by its host.
+        let tsc = (self.info.accel == Accel::Tcg).then(tsc::khz).flatten();
+        let extra = tsc.map_or_else(|| extra.into(), |khz| format!("tsc_early_khz={khz} {extra}"));
         let line = CommandLine::machine(
             spec.machine,
             self.info.accel,
@@ -110,7 +114,7 @@ impl QemuEngine {
             &file_name(spec.memory_file),
             prepared.fds(),
         )
-        .boot(kernel, initramfs, console, extra);
+        .boot(kernel, initramfs, console, &extra);
         launch::launch(&self.program, spec.dir, line, prepared, &spec.confinement, FileLimit::None)
     }
 }
