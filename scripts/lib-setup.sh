@@ -6,6 +6,9 @@ offshoot_source=${offshoot_source:-$(git rev-parse --show-toplevel 2>/dev/null |
 offshoot_target=x86_64-unknown-linux-gnu
 # Both programs side by side, so that the command line finds its agent.
 offshoot_bin=$offshoot_source/target/offshoot-bin
+# Features to build them with; those that run tests set them.
+agent_features=
+cli_features=
 
 setup_fail() {
     printf '%s\n' "$*" >&2
@@ -61,6 +64,8 @@ profile_folder() {
 
 copy_program() {
     mkdir -p "$offshoot_bin"
+    # A program that is the same keeps its time: what was made with it is still good.
+    cmp -s "$1" "$offshoot_bin/$2" && return 0
     # By a rename, so that a program that runs is not written over.
     cp "$1" "$offshoot_bin/.$2.new" && mv "$offshoot_bin/.$2.new" "$offshoot_bin/$2"
 }
@@ -69,7 +74,7 @@ copy_program() {
 build_agent() {
     profile=${1:-release}
     (cd "$offshoot_source" && RUSTFLAGS="-C target-feature=+crt-static" \
-        cargo build --profile "$profile" -p offshoot-agent --target "$offshoot_target") \
+        cargo build --profile "$profile" -p offshoot-agent --features "$agent_features" --target "$offshoot_target") \
         || setup_fail "The agent could not be built; see the lines above."
     copy_program "$offshoot_source/target/$offshoot_target/$(profile_folder "$profile")/offshoot-agent" offshoot-agent
 }
@@ -78,7 +83,7 @@ build_agent() {
 build_offshoot() {
     profile=${1:-release}
     build_agent "$profile"
-    (cd "$offshoot_source" && cargo build --profile "$profile" -p offshoot-cli) \
+    (cd "$offshoot_source" && cargo build --profile "$profile" -p offshoot-cli --features "$cli_features") \
         || setup_fail "offshoot could not be built; see the lines above."
     copy_program "$offshoot_source/target/$(profile_folder "$profile")/offshoot" offshoot
 }

@@ -3,9 +3,17 @@
 use std::{
     io::Write,
     process::{Command, Stdio},
+    sync::mpsc::{RecvTimeoutError, channel},
+    thread,
+    time::Duration,
 };
 
 use serde_json::Value;
+
+use crate::processes;
+
+/// Longest time one command may take, on a machine that has other work too: a build of Python is the slowest.
+const LIMIT: Duration = Duration::from_secs(600);
 
 /// A run that has ended.
 #[derive(Debug)]
@@ -31,9 +39,19 @@ impl Run {
         let writer = child.stdin.take().map(|mut stdin| {
             let input = input.to_vec();
             // What is not read is no failure of this run: it may have refused its arguments.
-            std::thread::spawn(move || drop(stdin.write_all(&input)))
+            thread::spawn(move || drop(stdin.write_all(&input)))
+        });
+        // A command that hangs fails its test; it does not stop all of them.
+        let (ended, end) = channel::<()>();
+        let pid = child.id();
+        let watchdog = thread::spawn(move || {
+            if end.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
+                processes::kill(pid);
+            }
         });
         let output = child.wait_with_output().expect("offshoot can be waited for");
+        drop(ended);
+        watchdog.join().expect("the watchdog does not panic");
         if let Some(writer) = writer {
             writer.join().expect("the writer does not panic");
         }

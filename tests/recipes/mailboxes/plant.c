@@ -1,8 +1,9 @@
 /* Owners of mailboxes, honest and not.
  *
- *     plant socket NAME TOKEN ack|silent|fail|forge    asks the agent; writes what comes to /tmp/plant-NAME
- *     plant self NAME TOKEN                            plants by itself and does not tell the agent
- *     plant twice NAME TOKEN                           the same, two mailboxes of one name
+ *     plant socket NAME TOKEN MODE     asks the agent; writes what comes to /tmp/plant-NAME. MODE is what it answers:
+ *                                      ack, silent, fail, forge (an ack without the key), relay (the payload's "line")
+ *     plant self NAME TOKEN            plants by itself and does not tell the agent
+ *     plant twice NAME TOKEN           the same, two mailboxes of one name
  *
  * `-` is no token. */
 #define _GNU_SOURCE
@@ -78,6 +79,8 @@ int main(int argc, char **argv) {
         fclose(file);
         if (!strcmp(mode, "ack")) dprintf(fd, "{\"op\":\"ack\"}\n");
         if (!strcmp(mode, "fail")) dprintf(fd, "{\"op\":\"fail\",\"reason\":\"no room\"}\n");
+        char *from = strstr(line, "\"line\":\""), *to = from ? strchr(from + 8, '"') : NULL;
+        if (!strcmp(mode, "relay") && to) dprintf(fd, "{\"op\":\"relay\",\"line\":\"%.*s\"}\n", (int)(to - from - 8), from + 8);
         if (!strcmp(mode, "forge"))
             dprintf(fd, "{\"op\":\"relay\",\"line\":\"offshoot-ack v=1 stage=applied mailbox=%s fork=%s hmac=%064d\"}\n", name, id, 0);
     }
