@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    os::fd::OwnedFd,
+    os::fd::{AsFd, OwnedFd},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -310,10 +310,33 @@ impl Source {
         }
     }
 
+    /// What is there by now. The descriptor itself is asked: the runtime's `try_read` says "nothing" as long as it has not
+    /// heard of what came, and the last output of a command comes together with its end.
     fn read_now(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Self::Pipe(pipe) => pipe.try_read(buffer),
-            Self::Terminal(terminal) => Ok(rustix::io::read(terminal.get_ref(), buffer)?),
-        }
+        let fd = match &*self {
+            Self::Pipe(pipe) => pipe.as_fd(),
+            Self::Terminal(terminal) => terminal.get_ref().as_fd(),
+        };
+        Ok(rustix::io::read(fd, buffer)?)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_that_the_runtime_has_not_heard_of_yet_is_there_to_be_read() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let (ours, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::NONBLOCK).unwrap();
+            let mut source = Source::Pipe(pipe::Receiver::from_owned_fd(ours).unwrap());
+            rustix::io::write(&theirs, b"last words").unwrap();
+            let mut buffer = [0; 64];
+            assert_eq!(source.read_now(&mut buffer).unwrap(), 10);
+            drop(theirs);
+            assert_eq!(source.read_now(&mut buffer).unwrap(), 0);
+        });
     }
 }
