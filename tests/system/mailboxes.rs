@@ -152,7 +152,7 @@ fn i5_a_wrong_request_is_refused_before_any_work() {
 #[test]
 fn i5_a_token_must_be_the_one_it_was_planted_with() {
     let bench = Bench::new();
-    let mut command = |token: Option<&str>| {
+    let command = |token: Option<&str>| {
         let template = bench.template(Kind::Mailboxes);
         let mut command =
             bench.command(&["fork", &template.tag, "--mailbox", "tokened={\"a\":1}", "--wait-ack", "tokened"]);

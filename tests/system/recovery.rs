@@ -49,6 +49,11 @@ impl<'a> Neighbour<'a> {
         assert_eq!(processes::inside(bench.state()), [fork.pid()]);
         assert_eq!(own_leftovers(bench), Vec::<String>::new());
     }
+
+    /// Processes that work in the data directory; the neighbour only has its template open there.
+    fn builders(&self) -> Vec<u32> {
+        processes::inside(&self.0.data()).into_iter().filter(|&pid| pid != self.1.pid()).collect()
+    }
 }
 
 /// What `cleanup` would remove here. Control groups are the host's, so those of other tests' forks are seen as well.
@@ -210,14 +215,15 @@ fn build(bench: &Bench, tag: &str) -> Command {
 
 /// No template but the neighbour's, finished or not.
 #[track_caller]
-fn no_template(bench: &Bench, point: &str) {
+fn no_template(neighbour: &Neighbour<'_>, point: &str) {
+    let bench = neighbour.0;
     let names: Vec<String> = fs::read_dir(bench.data().join("templates"))
         .unwrap()
         .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
         .filter(|name| !name.starts_with("busybox_"))
         .collect();
     assert_eq!(names, Vec::<String>::new(), "{point}");
-    assert_eq!(processes::inside(&bench.data()), Vec::<u32>::new(), "{point}");
+    assert_eq!(neighbour.builders(), Vec::<u32>::new(), "{point}");
 }
 
 #[test]
@@ -242,7 +248,7 @@ fn o2_a_build_that_fails_at_any_step_leaves_nothing() {
                 // It was published before: whole, or not at all.
                 let _ = bench.offshoot(&["rmi", "failing"]).ok();
             }
-            no_template(&bench, &point);
+            no_template(&neighbour, &point);
         }
     }
     neighbour.is_alone();
@@ -265,7 +271,7 @@ fn o3_cleanup_removes_what_a_killed_build_left_and_nothing_else() {
             assert!(found[0].contains("/templates/.building-"), "{point}: {found:?}");
         }
         let _ = bench.offshoot(&["cleanup", "--yes"]).ok();
-        no_template(&bench, &point);
+        no_template(&neighbour, &point);
         neighbour.is_alone();
     }
     bench.end();
@@ -274,7 +280,9 @@ fn o3_cleanup_removes_what_a_killed_build_left_and_nothing_else() {
 #[test]
 fn o4_two_builds_of_one_tag_do_not_collide_and_the_second_is_told_who_holds_it() {
     let bench = with_builder();
-    let (template, both) = (bench.template(Kind::Busybox), Mutex::new(Vec::new()));
+    let template = bench.template(Kind::Busybox);
+    // Both at the same moment: one of them, whichever it is.
+    let both = Mutex::new(Vec::new());
     thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {
@@ -285,12 +293,21 @@ fn o4_two_builds_of_one_tag_do_not_collide_and_the_second_is_told_who_holds_it()
     });
     let mut both = both.into_inner().unwrap();
     both.sort_by_key(|run| run.code);
-    let second = both.remove(1);
+    both.remove(1).refused("template_locked");
     let _ = both.remove(0).ok();
-    let error = second.refused("template_locked");
-    assert!(error["message"].as_str().unwrap().contains("process "), "{error}");
     // The one that is there is not replaced.
     bench.offshoot(&["build", "busybox", "--tag", "one"]).exits(1).refused("template_exists");
+    // While one is under way, everybody is told who it is.
+    let mut first = build(&bench, "two").stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let lock = bench.data().join("locks/two");
+    wait_until("the first builder's lock", Duration::from_secs(20), || {
+        fs::metadata(&lock).is_ok_and(|lock| lock.len() > 0)
+    });
+    for args in [vec!["build", "busybox", "--tag", "two"], vec!["fork", "two"], vec!["rmi", "two"]] {
+        let error = bench.offshoot(&args).exits(1).refused("template_locked");
+        assert!(error["message"].as_str().unwrap().contains(&format!("process {}", first.id())), "{error}");
+    }
+    assert!(first.wait().unwrap().success());
     // And what was built is whole.
     let made = bench.offshoot(&["fork", "one", "--name", "child"]).ok().json();
     assert_eq!(made["forks"][0]["template"], "one");
@@ -307,7 +324,7 @@ fn o2_a_build_that_is_asked_to_end_leaves_nothing_running() {
     let bench = with_builder();
     let neighbour = Neighbour::new(&bench);
     let mut child = build(&bench, "asked").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let builders = || processes::inside(&bench.data()).into_iter().filter(|&pid| pid != child.id()).collect::<Vec<_>>();
+    let builders = || neighbour.builders().into_iter().filter(|&pid| pid != child.id()).collect::<Vec<_>>();
     wait_until("the template's machine", Duration::from_secs(60), || !builders().is_empty());
     let machines = builders();
     rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::TERM).unwrap();
@@ -315,7 +332,7 @@ fn o2_a_build_that_is_asked_to_end_leaves_nothing_running() {
     assert!(!status.success());
     wait_until("the machine's end", Duration::from_secs(10), || !machines.iter().any(|&pid| processes::is_alive(pid)));
     let _ = bench.offshoot(&["cleanup", "--yes"]).ok();
-    no_template(&bench, "SIGTERM");
+    no_template(&neighbour, "SIGTERM");
     neighbour.is_alone();
     bench.end();
 }

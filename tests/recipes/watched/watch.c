@@ -53,7 +53,7 @@ static void *watch(void *number) {
         if (id >= 0) close(id);
         uname(&name);
         memset(entry->hostname, 0, sizeof entry->hostname);
-        strncpy(entry->hostname, name.nodename, sizeof entry->hostname - 1);
+        memcpy(entry->hostname, name.nodename, strnlen(name.nodename, sizeof entry->hostname - 1));
         if (getrandom(entry->random, sizeof entry->random, GRND_NONBLOCK) != sizeof entry->random) exit(1);
         __atomic_store_n(&entry->end, counter, __ATOMIC_RELEASE);
         seen += len > 0;
