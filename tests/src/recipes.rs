@@ -18,11 +18,11 @@ pub struct Prepared {
     pub hash: u64,
 }
 
-/// Copies `tests/recipes/NAME` and compiles what is C in it. The caller holds the lock of the recipe's template.
+/// Copies `tests/recipes/NAME` for a template and compiles what is C in it. The caller holds the template's lock.
 #[must_use]
-pub fn prepare(name: &str) -> Prepared {
+pub fn prepare(name: &str, template: &str) -> Prepared {
     let from = programs::source().join("tests/recipes").join(name);
-    let dir = programs::kept().join("recipes").join(name);
+    let dir = programs::kept().join("recipes").join(template);
     let _ = fs::remove_dir_all(&dir);
     fs::create_dir_all(&dir).expect("the recipe's folder can be made");
     for path in files(&from) {

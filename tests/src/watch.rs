@@ -78,6 +78,8 @@ pub struct Findings {
     pub writers: Vec<usize>,
     /// What breaks the contract: why, and the entry.
     pub violations: Vec<(&'static str, Entry)>,
+    /// How many of these entries no other fork has: written in the fork, beyond doubt, and not before the capture.
+    pub of_one_fork: usize,
 }
 
 /// Checks every entry of every fork. `frozen_ns` is the template's monotonic clock at its freeze, `asked_ns` the host's wall
@@ -86,6 +88,11 @@ pub struct Findings {
 pub fn check(forks: &[(Fork, Vec<Entry>)], frozen_ns: u64, asked_ns: u64) -> Findings {
     let mut findings = Findings::default();
     let mut drawn: BTreeMap<[u8; 8], usize> = BTreeMap::new();
+    let place = |entry: &Entry| (entry.writer.clone(), entry.counter, entry.monotonic_ns);
+    let mut holders: BTreeMap<_, usize> = BTreeMap::new();
+    for entry in forks.iter().flat_map(|(_, entries)| entries) {
+        *holders.entry(place(entry)).or_default() += 1;
+    }
     for (index, (fork, entries)) in forks.iter().enumerate() {
         let (before, after): (Vec<_>, Vec<_>) = entries.iter().partition(|entry| entry.monotonic_ns <= frozen_ns);
         let old: BTreeSet<[u8; 8]> = before.iter().map(|entry| entry.random).collect();
@@ -93,6 +100,7 @@ pub fn check(forks: &[(Fork, Vec<Entry>)], frozen_ns: u64, asked_ns: u64) -> Fin
         findings.after.push(after.len());
         findings.writers.push(after.iter().map(|entry| &entry.writer).collect::<BTreeSet<_>>().len());
         for entry in after {
+            let known = findings.violations.len();
             let mut violation = |why| findings.violations.push((why, entry.clone()));
             if entry.id != fork.id() {
                 violation("another id");
@@ -107,6 +115,7 @@ pub fn check(forks: &[(Fork, Vec<Entry>)], frozen_ns: u64, asked_ns: u64) -> Fin
             if twin || old.contains(&entry.random) {
                 violation("random bytes that were drawn before");
             }
+            findings.of_one_fork += usize::from(findings.violations.len() > known && holders[&place(entry)] == 1);
         }
     }
     findings
@@ -152,6 +161,9 @@ mod tests {
         let stale = vec![entry(1, 50, "", 1), entry(2, 101, "", 4)];
         assert_eq!(kinds(&[(fork("a"), stale)], 0), ["another id", "another host name"]);
         assert_eq!(kinds(&[(fork("a"), good.clone())], 7_000_000_000), ["the template's wall clock"]);
+        let both =
+            [(fork("a"), vec![entry(2, 101, "", 4)]), (fork("b"), vec![entry(2, 101, "", 4), entry(3, 102, "", 5)])];
+        assert_eq!(check(&both, 100, 0).of_one_fork, 1, "only the last one is not the template's");
         let twin = vec![entry(2, 101, "b", 2)];
         assert_eq!(kinds(&[(fork("a"), good), (fork("b"), twin)], 0), ["random bytes that were drawn before"]);
         let again = vec![entry(1, 50, "", 1), entry(2, 101, "a", 1)];

@@ -37,9 +37,8 @@ fn watch_forks(kind: Kind, writers: usize) -> Findings {
     findings
 }
 
-/// The positive control: the adversary ran before the capture, and every writer after it, in every fork.
+/// The positive control: every writer ran after the capture, in every fork.
 fn assert_it_ran(findings: &Findings, writers: usize) {
-    assert!(findings.before > 100 * FORKS, "only {} entries before the freeze", findings.before);
     assert_eq!(findings.writers, [writers; FORKS], "writers that ran in each fork");
     assert!(findings.after.iter().all(|&count| count > 100), "entries after the freeze: {:?}", findings.after);
 }
@@ -48,6 +47,7 @@ fn assert_it_ran(findings: &Findings, writers: usize) {
 fn i1_no_thread_or_process_sees_the_templates_world_after_the_capture() {
     let findings = watch_forks(Kind::Watched, 5);
     assert_it_ran(&findings, 5);
+    assert!(findings.before > 100 * FORKS, "only {} entries before the freeze", findings.before);
     let (count, first) = (findings.violations.len(), findings.violations.first());
     println!("{} entries before, {:?} after", findings.before, findings.after);
     assert_eq!(count, 0, "the first one: {first:?}");
@@ -57,6 +57,7 @@ fn i1_no_thread_or_process_sees_the_templates_world_after_the_capture() {
 fn i1_python_does_not_see_the_templates_world_after_the_capture() {
     let findings = watch_forks(Kind::Python, 4);
     assert_it_ran(&findings, 4);
+    assert!(findings.before > 100 * FORKS, "only {} entries before the freeze", findings.before);
     let (count, first) = (findings.violations.len(), findings.violations.first());
     println!("{} entries before, {:?} after", findings.before, findings.after);
     assert_eq!(count, 0, "the first one: {first:?}");
@@ -66,7 +67,8 @@ fn i1_python_does_not_see_the_templates_world_after_the_capture() {
 fn i1_without_the_freeze_the_adversary_is_found_out() {
     let findings = watch_forks(Kind::WatchedWithoutFreeze, 5);
     assert_it_ran(&findings, 5);
-    println!("{} violations", findings.violations.len());
+    println!("{} violations, {} of them in one fork only", findings.violations.len(), findings.of_one_fork);
+    assert!(findings.of_one_fork > 0, "what was found may be from before the capture");
     for kind in ["another id", "another host name", "the template's wall clock"] {
         assert!(findings.violations.iter().any(|(why, _)| *why == kind), "nothing shows {kind}");
     }

@@ -32,6 +32,20 @@ fn f3_exit_codes_are_the_commands() {
 }
 
 #[test]
+fn f3_sixty_commands_in_a_row_all_answer() {
+    let (bench, fork) = one();
+    for number in 0..60 {
+        assert_eq!(bench.exec(&fork, &["/bin/echo", &number.to_string()]).ok().out(), format!("{number}\n"));
+    }
+    for _ in 0..20 {
+        let run = bench.plain(&["exec", fork.name(), "--timeout", "0.2", "--", "/bin/sleep", "5"]);
+        let _ = Run::of(run, &[]).exits(124);
+    }
+    assert_eq!(bench.sh(&fork, "echo alive"), "alive");
+    bench.end();
+}
+
+#[test]
 fn f3_output_streams_as_it_comes_and_both_streams_stay_apart() {
     let (bench, fork) = one();
     let both = bench.exec(&fork, &["/bin/sh", "-c", "echo out; echo err >&2"]).ok();
@@ -167,6 +181,61 @@ fn f3_copies_keep_content_modes_and_links_both_ways() {
     let _ = bench.offshoot(&["cp", &path(&local.path().join("absent")), &there]).error();
     let _ = bench.offshoot(&["cp", &format!("{}:/absent", fork.name()), &path(&back)]).error();
     let _ = bench.offshoot(&["cp", &format!("{}:/etc", fork.name()), &format!("{}:/tmp", fork.name())]).error();
+    bench.end();
+}
+
+#[test]
+fn f3_copies_of_single_files_and_of_any_name() {
+    let (bench, fork) = one();
+    let local = tempfile::tempdir().unwrap();
+    let path = |name: &str| local.path().join(name).to_str().unwrap().to_owned();
+    let guest = |path: &str| format!("{}:{path}", fork.name());
+    fs::write(path("one"), "1").unwrap();
+    // A file to a new name, and into a folder, both ways; over one that is there.
+    for to in ["/tmp/renamed", "/tmp/", "/tmp/renamed"] {
+        let _ = bench.offshoot(&["cp", &path("one"), &guest(to)]).ok();
+    }
+    assert_eq!(bench.sh(&fork, "cat /tmp/renamed /tmp/one"), "11");
+    fs::create_dir(path("folder")).unwrap();
+    for to in [path("back"), path("folder"), path("back")] {
+        let _ = bench.offshoot(&["cp", &guest("/tmp/renamed"), &to]).ok();
+    }
+    assert_eq!(fs::read(path("back")).unwrap(), b"1");
+    assert_eq!(fs::read(path("folder/renamed")).unwrap(), b"1");
+
+    let names = ["-rf", "a b", "line\nbreak", "\x1b[31mred", "ü", "$(id)", "a:b", "*", &"n".repeat(255)];
+    fs::create_dir(path("names")).unwrap();
+    for name in names {
+        fs::write(local.path().join("names").join(name), name).unwrap();
+    }
+    let _ = bench.offshoot(&["cp", &path("names"), &guest("/tmp/names")]).ok();
+    assert_eq!(bench.sh(&fork, "ls /tmp/names | wc -l").trim(), names.len().to_string());
+    let _ = bench.offshoot(&["cp", &guest("/tmp/names"), &path("names-back")]).ok();
+    for name in names {
+        assert_eq!(fs::read(local.path().join("names-back").join(name)).unwrap(), name.as_bytes());
+        let _ = bench.offshoot(&["cp", &guest(&format!("/tmp/names/{name}")), &path("single")]).ok();
+        assert_eq!(fs::read(path("single")).unwrap(), name.as_bytes());
+    }
+    // What is at the destination and is a link: a link in the guest leads where it leads there, and never here.
+    let victim = path("victim");
+    fs::write(&victim, "untouched").unwrap();
+    let _ = bench.sh(&fork, &format!("mkdir -p $(dirname {victim}); ln -s {victim} /tmp/link"));
+    let _ = bench.offshoot(&["cp", &path("one"), &guest("/tmp/link")]);
+    assert_eq!(fs::read(&victim).unwrap(), b"untouched");
+    // A copy out of the guest replaces a link, and does not write through it.
+    std::os::unix::fs::symlink(&victim, path("trap")).unwrap();
+    let _ = bench.offshoot(&["cp", &guest("/tmp/one"), &path("trap")]);
+    assert_eq!(fs::read(&victim).unwrap(), b"untouched");
+    // Nowhere to put it.
+    for (from, to) in [
+        (path("one"), guest("/no/such/folder/file")),
+        (guest("/tmp/one"), path("no/such/folder")),
+        (path("one"), guest("/proc/version")),
+        (path("absent"), guest("/tmp/")),
+    ] {
+        let error = bench.offshoot(&["cp", &from, &to]).error();
+        assert!(error["message"].as_str().is_some_and(|text| !text.is_empty()), "{error}");
+    }
     bench.end();
 }
 

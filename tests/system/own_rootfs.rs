@@ -204,7 +204,7 @@ fn f5_a_damaged_or_lying_root_file_system_is_refused() {
             fs::write(blob, bytes).unwrap();
         }
     }
-    refused(&bench, &layout, "root_image_failed", "digest");
+    refused(&bench, &layout, "root_image_failed", "damaged");
     let nothing = dir.path().join("nothing");
     refused(&bench, &nothing, "recipe_not_found", "nothing");
     fs::create_dir(&nothing).unwrap();
@@ -236,11 +236,11 @@ fn f5_an_archive_that_fills_the_disk_is_a_typed_error_and_nothing_stays() {
     let bomb = dir.path().join("bomb.tar.gz");
     assert!(fs::metadata(&bomb).unwrap().len() < 1 << 20);
     let script = format!(
-        "mount -t tmpfs -o size=16m small '{shelf}' || exit 99; \"$@\"; code=$?; find '{shelf}' -type f -size +0 >&3; exit $code",
+        "mount -t tmpfs -o size=16m small '{shelf}' || exit 99; \"$@\"; code=$?; find '{shelf}' -type f -size +0; exit $code",
         shelf = shelf.display()
     );
     let mut command = Command::new(programs::distribution("unshare", "util-linux"));
-    command.args(["--mount", "--propagation", "private", "/bin/sh", "-c", &script.replace(">&3", ""), "sh"]);
+    command.args(["--mount", "--propagation", "private", "/bin/sh", "-c", &script, "sh"]);
     let build = bench.command(&["build", bomb.to_str().unwrap(), "--tag", "bomb"]);
     command.arg(build.get_program()).args(build.get_args());
     for (name, value) in build.get_envs() {

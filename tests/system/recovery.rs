@@ -128,7 +128,7 @@ fn o2_a_fork_whose_machine_is_killed_at_any_step_is_no_fork() {
         let fault = format!("{point}:kill-engine");
         let run = bench.offshoot_with_fault(&fault, &["fork", &template.tag, "--name", "beheaded"]);
         if run.code == Some(0) {
-            // It died after its last ack: a fork that has ended, as any can.
+            // It died after its last ack: a fork that has ended, as any may.
             assert_eq!(point, "fork.acked");
             assert_eq!(bench.ls(), [("neighbour".into(), true), ("beheaded".into(), false)]);
             bench.offshoot(&["exec", "beheaded", "--", "/bin/true"]).exits(125).refused("fork_dead");
@@ -330,7 +330,9 @@ fn o2_a_build_that_is_asked_to_end_leaves_nothing_running() {
     rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::TERM).unwrap();
     let status = child.wait().unwrap();
     assert!(!status.success());
+    // It ends with its builder, before anybody cleans up.
     wait_until("the machine's end", Duration::from_secs(10), || !machines.iter().any(|&pid| processes::is_alive(pid)));
+    assert_eq!(own_leftovers(&bench).len(), 1);
     let _ = bench.offshoot(&["cleanup", "--yes"]).ok();
     no_template(&neighbour, "SIGTERM");
     neighbour.is_alone();
