@@ -68,7 +68,9 @@ fn unpack(path: &Path) -> io::Result<()> {
         let name = entry.path()?.into_owned();
         let mut rest = name.components();
         let first = rest.next().map(|first| PathBuf::from(first.as_os_str())).unwrap_or_default();
-        let target = rename.clone().unwrap_or(first).join(rest.as_path());
+        let mut target = rename.clone().unwrap_or(first);
+        // Not by joining what is left, even if that is nothing: a file's path must not end in '/'.
+        target.extend(rest);
         if target.components().any(|part| !matches!(part, std::path::Component::Normal(_))) {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "an entry points outside"));
         }

@@ -144,7 +144,12 @@ fn destination(name: &Path, rename: Option<&Path>) -> Result<PathBuf, CopyError>
     let plain = parts.clone().all(|part| matches!(part, Component::Normal(_)));
     let first = parts.next();
     match first {
-        Some(Component::Normal(first)) if plain => Ok(rename.unwrap_or(Path::new(first)).join(parts.as_path())),
+        Some(Component::Normal(first)) if plain => {
+            // Not by joining what is left, even if that is nothing: a file's path must not end in '/'.
+            let mut target = rename.unwrap_or(Path::new(first)).to_owned();
+            target.extend(parts);
+            Ok(target)
+        }
         _ => Err(CopyError::Hostile { what: "an entry that points outside".into() }),
     }
 }
@@ -243,6 +248,17 @@ mod tests {
             assert!(matches!(error, CopyError::Hostile { .. }), "{attack:?}: {error}");
             assert!(!target.exists() && !outside.path().join("escaped").exists(), "{attack:?}");
         }
+    }
+
+    #[test]
+    fn f3_a_single_file_arrives_under_its_own_name_or_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut archive = tar::Builder::new(Vec::new());
+        entry(&mut archive, EntryType::Regular, "a", "", b"one");
+        let archive = archive.into_inner().unwrap();
+        receive(archive.clone(), dir.path()).unwrap();
+        receive(archive, &dir.path().join("b")).unwrap();
+        assert_eq!(["a", "b"].map(|name| fs::read(dir.path().join(name)).unwrap()), [b"one", b"one"]);
     }
 
     #[test]
