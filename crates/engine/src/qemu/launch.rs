@@ -19,7 +19,7 @@ use std::{
 use rustix::{
     fs::{Mode, OFlags},
     io::{FdFlags, fcntl_setfd},
-    process::{Resource, Rlimit, setrlimit, setsid},
+    process::{Resource, Rlimit, Signal, set_parent_process_death_signal, setrlimit, setsid},
     thread::{Gid, Uid, UnshareFlags, set_thread_gid, set_thread_groups, set_thread_uid},
 };
 
@@ -141,10 +141,11 @@ impl Prepared {
     }
 }
 
-/// Whether the process' files are bounded: a template writes its memory file, a fork nothing but its log.
+/// What the process is for. A template's writes its memory file, and ends with the thread that builds it, whatever ends
+/// that; a fork's lives on, and writes nothing but its log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum FileLimit {
-    None,
+pub(super) enum Purpose {
+    Template,
     Fork,
 }
 
@@ -155,7 +156,7 @@ pub(super) fn launch(
     line: CommandLine,
     prepared: Prepared,
     confinement: &Confinement<'_>,
-    limit: FileLimit,
+    purpose: Purpose,
 ) -> Result<Qemu, EngineError> {
     let log_path = dir.join(LOG);
     let log = OpenOptions::new()
@@ -177,7 +178,7 @@ pub(super) fn launch(
         .stdin(Stdio::null())
         .stdout(log.try_clone().map_err(control)?)
         .stderr(log);
-    confine(&mut command, prepared.inherited(), confinement, limit);
+    confine(&mut command, prepared.inherited(), confinement, purpose);
     let child =
         command.spawn().map_err(|source| EngineError::Spawn { program: program.display().to_string(), source })?;
     let process = ProcessRef::of(child.id()).map_err(control)?;
@@ -250,7 +251,7 @@ impl Drop for ChildGuard {
 }
 
 #[allow(unsafe_code)]
-fn confine(command: &mut Command, inherited: Vec<RawFd>, confinement: &Confinement<'_>, limit: FileLimit) {
+fn confine(command: &mut Command, inherited: Vec<RawFd>, confinement: &Confinement<'_>, purpose: Purpose) {
     let user = confinement.user;
     let namespaces = confinement.namespaces;
     let cgroups: Vec<RawFd> = confinement.cgroups.iter().map(AsRawFd::as_raw_fd).collect();
@@ -267,7 +268,7 @@ fn confine(command: &mut Command, inherited: Vec<RawFd>, confinement: &Confineme
         }
         let none = Rlimit { current: Some(0), maximum: Some(0) };
         setrlimit(Resource::Core, none)?;
-        if limit == FileLimit::Fork {
+        if purpose == Purpose::Fork {
             setrlimit(Resource::Fsize, Rlimit { current: Some(MAX_FILE), maximum: Some(MAX_FILE) })?;
         }
         if namespaces {
@@ -281,6 +282,10 @@ fn confine(command: &mut Command, inherited: Vec<RawFd>, confinement: &Confineme
             set_thread_groups(&[])?;
             set_thread_gid(Gid::from_raw(gid))?;
             set_thread_uid(Uid::from_raw(uid))?;
+        }
+        if purpose == Purpose::Template {
+            // After the change of the user, which would undo it.
+            set_parent_process_death_signal(Some(Signal::KILL))?;
         }
         rustix::thread::set_no_new_privs(true)?;
         Ok(())

@@ -33,7 +33,7 @@ use crate::{
     PausedVm, ProcessRef, RestoreSpec, RunningVm, vm::PausedBackend,
 };
 use command::{CommandLine, MemoryUse};
-use launch::{FileLimit, Prepared, Qemu};
+use launch::{Prepared, Purpose, Qemu};
 
 /// The program.
 pub const PROGRAM: &str = "qemu-system-x86_64";
@@ -115,7 +115,7 @@ impl QemuEngine {
             prepared.fds(),
         )
         .boot(kernel, initramfs, console, &extra);
-        launch::launch(&self.program, spec.dir, line, prepared, &spec.confinement, FileLimit::None)
+        launch::launch(&self.program, spec.dir, line, prepared, &spec.confinement, Purpose::Template)
     }
 }
 
@@ -154,7 +154,7 @@ impl Engine for QemuEngine {
         let line =
             CommandLine::machine(spec.machine, self.info.accel, usage, &file_name(spec.memory_file), prepared.fds())
                 .restore();
-        let mut qemu = launch::launch(&self.program, spec.dir, line, prepared, &spec.confinement, FileLimit::Fork)?;
+        let mut qemu = launch::launch(&self.program, spec.dir, line, prepared, &spec.confinement, Purpose::Fork)?;
         let loaded = load_state(&mut qemu, &state);
         match loaded {
             Ok(()) => Ok(PausedVm::new(Box::new(Paused { qemu, memory, size: spec.machine.memory_bytes }))),
