@@ -27,6 +27,9 @@ const ACK_DEADLINE: Duration = Duration::from_secs(30);
 /// While nothing else has wanted the CPU for this long, the quiesce's answer is out, and the host has closed its channel.
 const UNDISTURBED: Duration = Duration::from_millis(30);
 
+/// Most time for that. Where others never rest, forks are only later.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// Says on the ack port that from now on this thread only waits for its identity: the host captures then.
 const ARMED: &str = "offshoot-armed";
 
@@ -56,16 +59,19 @@ pub(super) fn run(state: &Arc<AgentState>, parts: &Parts) {
 /// and the identity, neither a timer nor the scheduler.
 fn wait_until_filled(state: &AgentState, parts: &Parts) {
     let own = lock(&parts.own);
-    // At first the answer has to get out, so everybody else goes first.
-    let mut since = Instant::now();
-    let mut last = since;
-    while last.duration_since(since) < UNDISTURBED && !own.is_filled() {
+    // At first the answer has to get out, so everybody else goes first. That nobody wanted the CPU is seen by the kernel's
+    // count of switches, not by time that is missing: that may as well have been the host's, and a busy one's always is.
+    let asked = Instant::now();
+    let (mut since, mut switches) = (asked, context_switches());
+    while !own.is_filled() {
         rustix::thread::sched_yield();
-        let now = Instant::now();
-        if now.duration_since(last) > Duration::from_micros(100) {
-            since = now;
+        let (now, seen) = (Instant::now(), context_switches());
+        if seen != switches {
+            (since, switches) = (now, seen);
         }
-        last = now;
+        if now.duration_since(since) >= UNDISTURBED || now.duration_since(asked) >= PATIENCE {
+            break;
+        }
     }
     // Before the host is told: it captures at once, and a fork goes on where that was.
     right_of_way(state, true);
@@ -193,6 +199,17 @@ fn set_real_time(thread: i32, priority: i32) {
     let policy = if priority > 0 { libc::SCHED_FIFO } else { libc::SCHED_OTHER };
     // SAFETY: the call reads the parameters and keeps no reference; 0 is the calling thread.
     let _ = unsafe { libc::sched_setscheduler(thread, policy | libc::SCHED_RESET_ON_FORK, &raw const parameters) };
+}
+
+/// How often this thread has made way for another.
+fn context_switches() -> i64 {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the call fills the structure that it is given, and zeroes are a valid one should it not.
+    let usage = unsafe {
+        libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
+        usage.assume_init()
+    };
+    usage.ru_nvcsw + usage.ru_nivcsw
 }
 
 /// Makes the memory that the resume will allocate present: what is freed here stays in this thread's arena.
