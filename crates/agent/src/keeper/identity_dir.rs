@@ -6,7 +6,7 @@ use identity::Document;
 use rustix::fs::{Mode, OFlags};
 use zeroize::Zeroizing;
 
-use super::root::{Root, fill};
+use super::root::{Root, fill, reserve};
 use crate::service::push_object;
 
 /// One file of the identity directory.
@@ -98,7 +98,11 @@ impl Directory {
 
     /// Makes the files that every identity has, empty, for [`Self::write`] to fill.
     pub fn blanks(&self) -> Vec<(String, OwnedFd)> {
-        let make = |name: &str| self.top.create(name, 0o444, b"").ok().map(|file| (name.to_owned(), file));
+        let make = |name: &str| {
+            let file = self.top.create(name, 0o444, b"").ok()?;
+            reserve(&file);
+            Some((name.to_owned(), file))
+        };
         EVERY.into_iter().filter_map(make).collect()
     }
 

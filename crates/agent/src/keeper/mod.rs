@@ -8,6 +8,7 @@ mod pages;
 mod prepare;
 mod resume;
 pub mod root;
+mod tick;
 
 use std::{
     io,
@@ -58,6 +59,8 @@ struct Parts {
     /// The workload's `cgroup.freeze`.
     freezer: OwnedFd,
     ack: AckPort,
+    /// The kernel's timer, where it can be held.
+    tick: Option<tick::Tick>,
     /// The agent's own mailbox.
     own: Mutex<Pages>,
     prepared: Mutex<Prepared>,
@@ -149,6 +152,7 @@ impl Keeper {
                 Mode::empty(),
             )?,
             ack: AckPort::new(ack_port)?,
+            tick: tick::Tick::open(),
             own: Mutex::new(Pages::new(MAX_CAPACITY)?),
             prepared: Mutex::default(),
             armed: Mutex::new(false),

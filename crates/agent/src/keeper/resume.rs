@@ -30,6 +30,11 @@ const UNDISTURBED: Duration = Duration::from_millis(30);
 /// Most time for that. Where others never rest, forks are only later.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How often the spinning thread looks (some µs each under emulation) until it holds the timer anew.
+const SPINS: usize = 4096;
+/// How often it holds it: some ten seconds, which no capture takes.
+const RENEWALS: usize = 2000;
+
 /// Says on the ack port that from now on this thread only waits for its identity: the host captures then.
 const ARMED: &str = "offshoot-armed";
 
@@ -80,6 +85,18 @@ fn wait_until_filled(state: &AgentState, parts: &Parts) {
     {
         console::warn(&format!("the host could not be told that the agent is armed: {error}"));
     }
+    // Holding is renewed for as long as a capture may take; if none comes, the guest gets its timer back.
+    for _ in 0..RENEWALS {
+        if let Some(tick) = &parts.tick {
+            tick.hold();
+        }
+        for _ in 0..SPINS {
+            if own.is_filled() {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+    }
     while !own.is_filled() {
         std::hint::spin_loop();
     }
@@ -98,8 +115,9 @@ fn answer(state: &Arc<AgentState>, parts: &Parts) {
     // What the host sent to others is out of the pages before anything is applied.
     let others = state.keeper().mailboxes().take();
     let mut log = Log::default();
-    let mut fork = None;
-    let result = apply(state, parts, payload, started, &mut log, &mut fork);
+    let mut document = None;
+    let result = apply(state, parts, payload, started, &mut log, &mut document);
+    let fork = document.as_ref().map(|document: &Document| document.fork.id.clone());
     let ack = Ack {
         stage: if result.is_ok() { Stage::Applied } else { Stage::Failed },
         mailbox: MailboxName::identity(),
@@ -112,7 +130,12 @@ fn answer(state: &Arc<AgentState>, parts: &Parts) {
         console::warn(&format!("the identity was not applied: {reason}"));
     }
     send(parts, &ack, &key);
+    if let Some(tick) = &parts.tick {
+        tick.release();
+    }
     right_of_way(state, false);
+    // Wiping takes its time, and nobody waits for it.
+    drop(document);
     match (&ack.reason, fork) {
         (None, Some(fork)) => state.keeper().mailboxes().deliver(state, &fork, others),
         // Payloads that nobody will get are dropped, and thereby wiped.
@@ -126,16 +149,16 @@ fn apply(
     payload: Secret,
     started: Instant,
     log: &mut Log,
-    fork: &mut Option<ForkId>,
+    kept: &mut Option<Document>,
 ) -> Result<(), Failed> {
-    let mut document = Document::from_bytes(payload.expose()).map_err(|error| Failed(format!("document: {error}")))?;
+    let document = Document::from_bytes(payload.expose()).map_err(|error| Failed(format!("document: {error}")))?;
     drop(payload);
-    *fork = Some(document.fork.id.clone());
+    let document = kept.insert(document);
     let micros = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
     log.steps.push(Step { name: "document".into(), outcome: "taken+wiped".into(), micros });
     let make_keys = {
         let mut prepared = lock(&parts.prepared);
-        apply::until_thaw(state, parts, &mut prepared, &mut document, log)?;
+        apply::until_thaw(state, parts, &mut prepared, document, log)?;
         prepared.wants_host_keys && document.action == Action::Become
     };
     // What follows waits for others: they run while this thread sleeps, and it goes on as soon as they have answered.

@@ -7,7 +7,7 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags, ResolveFlags};
 
 static TEMPORARY: AtomicU64 = AtomicU64::new(0);
 
@@ -57,7 +57,9 @@ impl Root {
     pub fn open_blank(&self, path: &str, mode: u32) -> io::Result<OwnedFd> {
         self.write(path, mode, b"")?;
         let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        Ok(rustix::fs::openat2(&self.0, relative(path), flags, Mode::empty(), ResolveFlags::IN_ROOT)?)
+        let file = rustix::fs::openat2(&self.0, relative(path), flags, Mode::empty(), ResolveFlags::IN_ROOT)?;
+        reserve(&file);
+        Ok(file)
     }
 
     /// Creates a file in this directory itself, which has none of that name; nobody sees a part, because nobody runs.
@@ -162,6 +164,11 @@ impl AsFd for Root {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
+}
+
+/// Allocates the memory that [`fill`] will write to, which would take longer than the writing. Best effort.
+pub fn reserve(file: &OwnedFd) {
+    let _ = rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, 0, 4096);
 }
 
 /// Gives an open, empty file its content. Only for while the workload is frozen: nobody can read a part.

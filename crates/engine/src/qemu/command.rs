@@ -13,9 +13,9 @@ pub const CONTROL_CHANNELS: usize = 8;
 /// The kernel's command line.
 ///
 /// `tsc=reliable`, `no_timer_check` and `rcu_expedited` shorten the boot under emulation; `psi=0 nowatchdog` keep work
-/// out of a fork's first milliseconds; `panic=-1` with QEMU's `-no-reboot` turns a dead guest into an ended process.
+/// out of a fork's first milliseconds; `lsm=` leaves out the hooks of policies that nobody loads; `panic=-1` with QEMU's `-no-reboot` turns a dead guest into an ended process.
 const KERNEL_COMMAND_LINE: &str = "console=ttyS0 quiet reboot=t panic=-1 tsc=reliable no_timer_check mitigations=off \
-    random.trust_cpu=on cryptomgr.notests 8250.nr_uarts=1 audit=0 rcupdate.rcu_expedited=1 nowatchdog psi=0";
+    random.trust_cpu=on cryptomgr.notests 8250.nr_uarts=1 audit=0 rcupdate.rcu_expedited=1 nowatchdog psi=0 lsm=landlock,yama";
 
 /// Numbers of descriptors that the process inherits.
 #[derive(Debug, Clone, Copy)]
@@ -52,12 +52,12 @@ impl CommandLine {
     /// What template and fork have in common.
     pub(super) fn machine(machine: Machine, accel: Accel, memory: MemoryUse, memory_name: &str, fds: Fds) -> Self {
         let mut line = Self::default();
-        line.option("-M", "microvm,acpi=on,pit=on,pic=off,rtc=on,isa-serial=on,x-option-roms=off,auto-kernel-cmdline=off,pcie=off,usb=off,memory-backend=mem");
+        line.option("-M", "microvm,acpi=on,pit=on,pic=off,rtc=on,isa-serial=on,x-option-roms=off,auto-kernel-cmdline=off,pcie=off,usb=off,memory-backend=mem,mem-merge=off");
         match accel {
             Accel::Kvm => line.option("-accel", "kvm"),
             Accel::Tcg => line.option("-accel", "tcg,thread=multi,tb-size=32"),
         }
-        line.option("-cpu", if accel == Accel::Kvm { "host" } else { "max" });
+        line.option("-cpu", if accel == Accel::Kvm { "host" } else { "max,x2apic=off" });
         line.option("-smp", &machine.vcpus.to_string());
         line.option("-m", &format!("{}K", machine.memory_bytes / 1024));
         let sharing = match memory {
@@ -81,6 +81,7 @@ impl CommandLine {
         line.option("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
         line.option("-chardev", &format!("socket,id=monitor,fd={},server=on,wait=off", fds.monitor));
         line.option("-mon", "chardev=monitor,mode=control");
+        line.option("-global", "migration.x-events=on");
 
         line.option("-device", "virtio-serial-device,id=ports,max_ports=16");
         line.option("-chardev", &format!("socket,id=ack,fd={}", fds.ack));
@@ -110,7 +111,7 @@ impl CommandLine {
         if let Some(initramfs) = initramfs {
             self.option("-initrd", &format!("/proc/self/fd/{initramfs}"));
         }
-        self.option("-append", format!("{KERNEL_COMMAND_LINE} {extra}").trim_end());
+        self.option("-append", &[KERNEL_COMMAND_LINE, extra.trim()].join(" "));
         self.option("-add-fd", &format!("fd={console},set=2,opaque=console"));
         self.option("-chardev", "file,id=console,path=/dev/fdset/2");
         self.option("-serial", "chardev:console");

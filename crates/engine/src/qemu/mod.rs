@@ -11,9 +11,10 @@ mod qmp;
 mod tsc;
 
 use std::{
+    fmt::Write as _,
     fs::{File, OpenOptions},
     os::{
-        fd::AsFd,
+        fd::{AsFd, RawFd},
         unix::{fs::OpenOptionsExt, net::UnixStream},
     },
     path::{Path, PathBuf},
@@ -104,9 +105,14 @@ impl QemuEngine {
         let kernel = prepared.open(spec.kernel)?;
         let initramfs = initramfs.map(|path| prepared.open(path)).transpose()?;
         let console = prepared.console(spec.dir)?;
-        // Under KVM the kernel is told by its host.
-        let tsc = (self.info.accel == Accel::Tcg).then(tsc::khz).flatten();
-        let extra = tsc.map_or_else(|| extra.into(), |khz| format!("tsc_early_khz={khz} {extra}"));
+        let mut parameters = extra.to_owned();
+        if self.info.accel == Accel::Tcg {
+            // The agent holds the timer back while it applies an identity.
+            parameters.push_str(" iomem=relaxed");
+            if let Some(khz) = tsc::khz() {
+                let _ = write!(parameters, " tsc_early_khz={khz}");
+            }
+        }
         let line = CommandLine::machine(
             spec.machine,
             self.info.accel,
@@ -114,7 +120,7 @@ impl QemuEngine {
             &file_name(spec.memory_file),
             prepared.fds(),
         )
-        .boot(kernel, initramfs, console, &extra);
+        .boot(kernel, initramfs, console, &parameters);
         launch::launch(&self.program, spec.dir, line, prepared, &spec.confinement, Purpose::Template)
     }
 }
@@ -139,23 +145,19 @@ impl Engine for QemuEngine {
 
     fn restore(&self, spec: &RestoreSpec<'_>) -> Result<PausedVm, EngineError> {
         let during = "loading the template";
-        let state = File::open(spec.state_file).map_err(|source| EngineError::File {
-            what: "opening",
-            path: spec.state_file.into(),
-            source,
-        })?;
         let memory = File::open(spec.memory_file).map_err(|source| EngineError::File {
             what: "opening",
             path: spec.memory_file.into(),
             source,
         })?;
-        let prepared = Prepared::new(spec.dir, spec.root_image, spec.memory_file)?;
+        let mut prepared = Prepared::new(spec.dir, spec.root_image, spec.memory_file)?;
+        let state = prepared.open(spec.state_file)?;
         let usage = if self.read_only_template { MemoryUse::PrivateReadOnly } else { MemoryUse::Private };
         let line =
             CommandLine::machine(spec.machine, self.info.accel, usage, &file_name(spec.memory_file), prepared.fds())
                 .restore();
         let mut qemu = launch::launch(&self.program, spec.dir, line, prepared, &spec.confinement, Purpose::Fork)?;
-        let loaded = load_state(&mut qemu, &state);
+        let loaded = load_state(&mut qemu, state);
         match loaded {
             Ok(()) => Ok(PausedVm::new(Box::new(Paused { qemu, memory, size: spec.machine.memory_bytes }))),
             Err(error) => Err(qemu.explain(error, during)),
@@ -163,24 +165,19 @@ impl Engine for QemuEngine {
     }
 }
 
-/// Loads the device state. The capability can only be set once the monitor is there, so `-incoming` is deferred.
-fn load_state(qemu: &mut Qemu, state: &File) -> Result<(), EngineError> {
+/// Loads the device state from a descriptor that the process has. The capability can only be set once the monitor is
+/// there, so `-incoming` is deferred.
+fn load_state(qemu: &mut Qemu, state: RawFd) -> Result<(), EngineError> {
     let during = "loading the template";
-    ignore_shared_memory(qemu, during)?;
-    qemu.qmp.give_fd(during, "state", state.as_fd(), COMMAND_LIMIT)?;
-    qemu.qmp.run(during, "migrate-incoming", json!({ "uri": "fd:state" }), COMMAND_LIMIT)?;
-    wait_migration(qemu, during)?;
-    let status = qemu.qmp.run(during, "query-status", json!({}), COMMAND_LIMIT)?;
-    if status.get("status").and_then(Value::as_str) != Some("paused") {
-        return Err(EngineError::Refused { during, reason: "the machine is not paused after the load".into() });
-    }
-    Ok(())
+    let load = ("migrate-incoming", json!({ "uri": format!("fd:{state}") }));
+    qemu.qmp.run_all(during, &[ignore_shared_memory(), load], COMMAND_LIMIT)?;
+    // `-S` keeps the machine paused after it.
+    wait_migration(qemu, during)
 }
 
-fn ignore_shared_memory(qemu: &mut Qemu, during: &'static str) -> Result<(), EngineError> {
-    let capabilities = ["x-ignore-shared", "events"].map(|name| json!({ "capability": name, "state": true }));
-    let arguments = json!({ "capabilities": capabilities });
-    qemu.qmp.run(during, "migrate-set-capabilities", arguments, COMMAND_LIMIT).map(drop)
+/// Memory that is a shared file, or a private mapping of one, is not part of the state.
+fn ignore_shared_memory() -> (&'static str, Value) {
+    ("migrate-set-capabilities", json!({ "capabilities": [{ "capability": "x-ignore-shared", "state": true }] }))
 }
 
 fn wait_migration(qemu: &mut Qemu, during: &'static str) -> Result<(), EngineError> {
@@ -215,7 +212,7 @@ impl BootedVm for Booted {
 
     fn pause(&mut self) -> Result<(), EngineError> {
         let during = "pausing the template";
-        let paused = self.0.qmp.run(during, "stop", json!({}), COMMAND_LIMIT);
+        let paused = self.0.qmp.run(during, "stop", Value::Null, COMMAND_LIMIT);
         paused.map(drop).map_err(|error| self.0.explain(error, during))
     }
 
@@ -230,14 +227,14 @@ impl BootedVm for Booted {
             .open(state_file)
             .map_err(|source| EngineError::File { what: "making", path: state_file.into(), source })?;
         let mut save = || {
-            ignore_shared_memory(qemu, during)?;
             // Unlimited: the default of 128 MiB/s is meant for networks.
             let bandwidth = json!({ "max-bandwidth": u64::MAX >> 1 });
-            qemu.qmp.run(during, "migrate-set-parameters", bandwidth, COMMAND_LIMIT)?;
+            let parameters = ("migrate-set-parameters", bandwidth);
+            qemu.qmp.run_all(during, &[ignore_shared_memory(), parameters], COMMAND_LIMIT)?;
             qemu.qmp.give_fd(during, "state", state.as_fd(), COMMAND_LIMIT)?;
             qemu.qmp.run(during, "migrate", json!({ "uri": "fd:state" }), COMMAND_LIMIT)?;
             wait_migration(qemu, during)?;
-            qemu.qmp.run(during, "quit", json!({}), COMMAND_LIMIT)
+            qemu.qmp.run(during, "quit", Value::Null, COMMAND_LIMIT)
         };
         match save() {
             Ok(_) => self.0.wait_end(COMMAND_LIMIT),
@@ -268,7 +265,7 @@ impl PausedBackend for Paused {
 
     fn resume(mut self: Box<Self>) -> Result<RunningVm, EngineError> {
         let during = "letting the fork run";
-        match self.qemu.qmp.run(during, "cont", json!({}), COMMAND_LIMIT) {
+        match self.qemu.qmp.run(during, "cont", Value::Null, COMMAND_LIMIT) {
             Ok(_) => {
                 let (child, ack_stream, process) = self.qemu.release();
                 Ok(RunningVm { process, ack_stream, child })

@@ -29,17 +29,20 @@ pub(super) struct Qmp {
 impl Qmp {
     /// Takes the greeting and ends the negotiation.
     pub(super) fn start(stream: UnixStream, limit: Duration) -> Result<Self, EngineError> {
+        let during = "starting";
         let mut qmp = Self { reader: BufReader::new(stream), events: Vec::new() };
         let deadline = Instant::now() + limit;
-        let greeting = qmp.read("starting", deadline, limit)?;
+        // Before the greeting: QEMU then finds it there when it gets to it.
+        qmp.send(during, "qmp_capabilities", &Value::Null, None)?;
+        let greeting = qmp.read(during, deadline, limit)?;
         if greeting.get("QMP").is_none() {
-            return Err(EngineError::Refused { during: "starting", reason: "no QMP greeting".into() });
+            return Err(EngineError::Refused { during, reason: "no QMP greeting".into() });
         }
-        qmp.run("starting", "qmp_capabilities", json!({}), limit)?;
+        qmp.answer(during, limit)?;
         Ok(qmp)
     }
 
-    /// Runs a command and returns its answer.
+    /// Runs a command and returns its answer. `arguments` are an object, or null for none.
     pub(super) fn run(
         &mut self,
         during: &'static str,
@@ -47,8 +50,21 @@ impl Qmp {
         arguments: Value,
         limit: Duration,
     ) -> Result<Value, EngineError> {
-        self.send(during, command, arguments, None)?;
-        self.answer(during, limit)
+        self.run_all(during, &[(command, arguments)], limit)
+    }
+
+    /// Runs commands without waiting in between and returns the last one's answer; the first that is refused is the error,
+    /// though those after it have been sent.
+    pub(super) fn run_all(
+        &mut self,
+        during: &'static str,
+        commands: &[(&str, Value)],
+        limit: Duration,
+    ) -> Result<Value, EngineError> {
+        for (command, arguments) in commands {
+            self.send(during, command, arguments, None)?;
+        }
+        commands.iter().try_fold(Value::Null, |_, _| self.answer(during, limit))
     }
 
     /// Runs `getfd`: hands a descriptor over under a name.
@@ -59,7 +75,7 @@ impl Qmp {
         fd: BorrowedFd<'_>,
         limit: Duration,
     ) -> Result<(), EngineError> {
-        self.send(during, "getfd", json!({ "fdname": name }), Some(fd))?;
+        self.send(during, "getfd", &json!({ "fdname": name }), Some(fd))?;
         self.answer(during, limit).map(drop)
     }
 
@@ -88,10 +104,15 @@ impl Qmp {
         &mut self,
         during: &'static str,
         command: &str,
-        arguments: Value,
+        arguments: &Value,
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<(), EngineError> {
-        let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
+        // As short as can be: QEMU reads its monitor byte by byte, with several system calls for each (seen in 7.2).
+        let mut line = match arguments {
+            Value::Null => json!({ "execute": command }),
+            arguments => json!({ "execute": command, "arguments": arguments }),
+        }
+        .to_string();
         line.push('\n');
         let stream = self.reader.get_mut();
         let sent = match fd {
