@@ -11,3 +11,4 @@ mod limits;
 mod mailboxes;
 mod own_rootfs;
 mod recovery;
+mod signals;

@@ -99,9 +99,9 @@ impl Failure {
 
     /// A signal asked to end.
     #[must_use]
-    pub fn interrupted(signal: i32) -> Self {
+    pub fn interrupted(signal: i32, message: impl Into<String>) -> Self {
         let exit = u8::try_from(128 + signal).unwrap_or(FAILED);
-        Self { exit, ..Self::new("interrupted", "interrupted; nothing is left behind") }
+        Self { exit, ..Self::new("interrupted", message) }
     }
 
     /// From an error that has no code of its own.

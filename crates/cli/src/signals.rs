@@ -1,8 +1,11 @@
 //! Signals that ask a command to end, and the one of a terminal's new size.
 
-use std::io;
+use std::{io, process, sync::mpsc, thread, time::Duration};
 
+use host::{Home, stop};
 use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::{error::Failure, output::style::Style};
 
 /// Catches them from now on, until the program ends.
 #[derive(Debug)]
@@ -54,4 +57,40 @@ impl Signals {
             }
         }
     }
+}
+
+/// Time for what is unfinished to be undone; it takes well below a second.
+const UNDO_LIMIT: Duration = Duration::from_secs(20);
+
+/// From now on a signal that asks to end makes the work of this process stop and undo itself: see [`host::stop`]. The verb
+/// then finds that it failed and asks [`host::stop::requested`] why.
+///
+/// # Errors
+/// If the system refuses.
+pub fn undo_work(home: &Home) -> io::Result<()> {
+    let home = home.clone();
+    let (caught, catching) = mpsc::channel();
+    thread::Builder::new().name("signals".into()).spawn(move || {
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_io().build() {
+            Ok(runtime) => runtime,
+            Err(error) => return drop(caught.send(Err(error))),
+        };
+        let number = runtime.block_on(async {
+            let mut signals = match Signals::new() {
+                Ok(signals) => signals,
+                Err(error) => return Err(caught.send(Err(error))),
+            };
+            let _ = caught.send(Ok(()));
+            Ok(signals.end().await)
+        });
+        let Ok(number) = number else { return };
+        stop::request(number);
+        stop::end_unfinished(&home, UNDO_LIMIT);
+        // The work neither ended nor found out that it should: better a known leftover than a command that can not be ended.
+        Failure::interrupted(number, "interrupted, but not everything could be undone")
+            .with_next("remove what is left with `offshoot cleanup`")
+            .report(false, Style::PLAIN);
+        process::exit(128 + number);
+    })?;
+    catching.recv().map_err(|_| io::Error::other("the thread for signals ended"))?
 }

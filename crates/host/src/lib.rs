@@ -22,6 +22,7 @@ pub mod progress;
 pub mod recipe;
 pub mod record;
 pub mod request;
+pub mod stop;
 pub mod verify;
 
 pub use home::Home;

@@ -21,14 +21,14 @@ use identity::{ForkId, ForkName, Tag};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use crate::home::Home;
+use crate::{home::Home, stop};
 
 /// The record in a fork's directory.
 pub const RECORD: &str = "fork.json";
 /// The machine's process in the directory of a fork that is being made.
 pub const PROCESS: &str = "process.json";
 const LOCK: &str = "lock";
-const NEW: &str = ".new-";
+pub(crate) const NEW: &str = ".new-";
 /// A record is a few kilobytes; 256 labels of 512 bytes are the most it can hold.
 const MAX_RECORD: u64 = 1 << 20;
 
@@ -126,8 +126,9 @@ impl NewFork {
     /// Makes the directory, locked.
     ///
     /// # Errors
-    /// If the state directory can not be written.
+    /// If the state directory can not be written, or somebody asked this process to [stop](crate::stop).
     pub fn begin(home: &Home, id: &ForkId) -> io::Result<Self> {
+        stop::check()?;
         let dir = home.forks().join(format!("{NEW}{id}"));
         fs::DirBuilder::new().mode(0o700).create(&dir)?;
         // From here on the directory is removed if anything fails.
@@ -178,12 +179,16 @@ impl NewFork {
     /// Writes the record and gives the directory its final name.
     ///
     /// # Errors
-    /// If it can not be written; the directory is removed on drop then.
+    /// If it can not be written, or somebody asked this process to [stop](crate::stop); the directory is removed on drop
+    /// then.
     pub fn publish(mut self, home: &Home, record: &ForkRecord) -> io::Result<PathBuf> {
         write_json(&self.dir, RECORD, record)?;
         let final_dir = home.forks().join(self.id.as_str());
-        fs::rename(&self.dir, &final_dir)?;
-        self.published = true;
+        {
+            let _publishing = stop::publishing()?;
+            fs::rename(&self.dir, &final_dir)?;
+            self.published = true;
+        }
         let _ = fs::remove_file(final_dir.join(PROCESS));
         Ok(final_dir)
     }

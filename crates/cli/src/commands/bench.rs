@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 
 use host::{
     bench::{self, BenchRow, Figures},
-    engines,
+    engines, stop,
 };
 use serde_json::json;
 
-use super::{Outcome, open};
+use super::{Outcome, failed, open_to_make};
 use crate::{
     args::Bench,
-    error::FAILED,
+    error::{FAILED, Failure},
     output::{
         Output, PrintError, format,
         progress::Reporter,
@@ -20,7 +20,7 @@ use crate::{
 };
 
 pub fn run(args: &Bench, output: &Output) -> Outcome {
-    let (home, store) = open()?;
+    let (home, store) = open_to_make()?;
     let template = store.get(&args.tag)?;
     let manifest = template.manifest();
     let engine = engines::for_template(manifest)?;
@@ -29,7 +29,11 @@ pub fn run(args: &Bench, output: &Output) -> Outcome {
         reporter.show(&progress);
     });
     drop(reporter);
-    let rows = rows?;
+    let rows = rows.map_err(failed)?;
+    if let Some(signal) = stop::requested() {
+        // Forks that were given up count as failed in the rows: they would be read as a measurement.
+        return Err(Failure::interrupted(signal, "interrupted; nothing is left behind"));
+    }
     if output.json {
         let memory = manifest.machine.memory_bytes;
         output.document(

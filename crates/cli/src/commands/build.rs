@@ -6,14 +6,14 @@ use engine::Accel;
 use host::build::{self, BuildRequest};
 use serde_json::json;
 
-use super::{Outcome, open};
+use super::{Outcome, failed, open_to_make};
 use crate::{
     args::{AccelArg, Build},
     output::{Output, clean, format, progress::Reporter},
 };
 
 pub fn run(args: &Build, output: &Output) -> Outcome {
-    let (home, store) = open()?;
+    let (home, store) = open_to_make()?;
     let request = BuildRequest {
         recipe: args.recipe.clone(),
         tag: args.tag.clone(),
@@ -29,7 +29,7 @@ pub fn run(args: &Build, output: &Output) -> Outcome {
     let mut reporter = Reporter::new(output);
     let built = build::build(&home, &store, &request, &mut |progress| reporter.show(&progress));
     drop(reporter);
-    let manifest = built?;
+    let manifest = built.map_err(failed)?;
     let disk = store.disk_bytes(&manifest.tag);
     for warning in &manifest.warnings {
         output.note(&format!("warning: {}", clean::line(warning)));

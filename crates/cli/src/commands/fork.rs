@@ -5,14 +5,16 @@ use std::{collections::BTreeMap, time::Duration};
 use host::{
     ForkRecord, ForkRequest, LimitRequest, MailboxRequest, engines,
     fork::{self, ForkError},
+    stop,
 };
 use identity::{MailboxName, Secret};
 use serde_json::json;
 
-use super::{Failures, Outcome, open};
+use super::{Failures, Outcome, failed, open_to_make};
 use crate::{
     args::Fork,
     assignments::{self, AssignmentError},
+    error::Failure,
     output::{
         Output, format,
         table::{Column, Table},
@@ -22,10 +24,10 @@ use crate::{
 pub fn run(args: &Fork, output: &Output) -> Outcome {
     // Everything about the arguments first: nothing is begun for a request that is not valid.
     let request = request(args)?;
-    let (home, store) = open()?;
+    let (home, store) = open_to_make()?;
     let template = store.get(&args.tag)?;
     let engine = engines::for_template(template.manifest())?;
-    let results = fork::fork(&home, &engine, &template, &request)?;
+    let results = fork::fork(&home, &engine, &template, &request).map_err(failed)?;
 
     let mut failures = Failures::default();
     let mut made = Vec::new();
@@ -33,6 +35,16 @@ pub fn run(args: &Fork, output: &Output) -> Outcome {
         made.extend(failures.add::<ForkRecord, ForkError>(&format!("fork {}", index + 1), result));
     }
     print(&made, &failures, output)?;
+    if let Some(signal) = stop::requested().filter(|_| made.len() < request.count) {
+        let message = match made.len() {
+            0 => "interrupted; nothing is left behind".into(),
+            made => format!(
+                "interrupted; made before, and there to stay: {}; nothing else is left behind",
+                format::count(made, "fork")
+            ),
+        };
+        return Err(Failure::interrupted(signal, message));
+    }
     failures.finish(request.count, "forks could not be made")?;
     Ok(0)
 }

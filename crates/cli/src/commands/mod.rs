@@ -22,13 +22,14 @@ mod version;
 
 use std::{future::Future, time::Duration};
 
-use host::{ForkRecord, Home, forks, guest::GuestChannel};
+use host::{ForkRecord, Home, forks, guest::GuestChannel, stop};
 use store::Store;
 
 use crate::{
     args::Command,
     error::{Coded, Failure},
     output::Output,
+    signals,
 };
 
 /// Time for a fork's agent to answer: it may have to be read in from disk on a busy machine.
@@ -66,6 +67,21 @@ fn open() -> Result<(Home, Store), Failure> {
     let home = Home::from_env()?;
     let store = Store::open(&home.data)?;
     Ok((home, store))
+}
+
+/// The same, for a verb that makes something: what is unfinished when a signal asks to end is undone.
+fn open_to_make() -> Result<(Home, Store), Failure> {
+    let (home, store) = open()?;
+    signals::undo_work(&home).map_err(|error| Failure::of("runtime", &error))?;
+    Ok((home, store))
+}
+
+/// Why it failed: because a signal asked to end, if one did, and nothing is left then.
+fn failed(error: impl Coded) -> Failure {
+    match stop::requested() {
+        Some(signal) => Failure::interrupted(signal, "interrupted; nothing is left behind"),
+        None => error.into(),
+    }
 }
 
 /// A living fork and a channel to its agent.

@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 
 use host::{
-    engines,
+    engines, stop,
     verify::{self, Row, Verdict},
 };
 
-use super::{Outcome, block_on, open};
+use super::{Outcome, block_on, failed, open_to_make};
 use crate::{
     args::Verify,
     error::{FAILED, Failure},
@@ -16,21 +16,19 @@ use crate::{
         progress::Reporter,
         table::{Column, Table},
     },
-    signals::Signals,
 };
 
 pub fn run(args: &Verify, output: &Output) -> Outcome {
-    let (home, store) = open()?;
+    let (home, store) = open_to_make()?;
     let template = store.get(&args.tag)?;
     let engine = engines::for_template(template.manifest())?;
     let mut reporter = Reporter::new(output);
     let verdict = block_on(async {
-        let mut signals = Signals::new().map_err(|error| Failure::of("runtime", &error))?;
         let mut show = |progress| reporter.show(&progress);
         tokio::select! {
-            verdict = verify::verify(&home, &engine, &template, args.count, &mut show) => Ok(verdict?),
-            // The forks go with the future that holds them: an interrupted verify leaves none behind.
-            number = signals.end() => Err(Failure::interrupted(number)),
+            verdict = verify::verify(&home, &engine, &template, args.count, &mut show) => verdict.map_err(failed),
+            // The forks go with the future that holds them.
+            signal = stop::wait() => Err(Failure::interrupted(signal, "interrupted; nothing is left behind")),
         }
     });
     drop(reporter);

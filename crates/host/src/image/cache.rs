@@ -5,13 +5,18 @@ use std::{
     io,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
-use rustix::fs::FlockOperation;
+use rustix::{fs::FlockOperation, io::Errno};
 use tempfile::TempDir;
 use thiserror::Error;
 
-use crate::progress::Progress;
+use crate::{progress::Progress, stop};
+
+/// How often an entry that another process makes is asked for.
+const RETRY: Duration = Duration::from_millis(100);
 
 /// Why something could not be kept in the cache.
 #[derive(Debug, Error)]
@@ -74,8 +79,7 @@ impl Entry {
             .map_err(CacheError::at("opened", &path))?;
         if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
             progress(Progress::step(format!("Waiting for another offshoot that makes {name}")));
-            rustix::fs::flock(&lock, FlockOperation::LockExclusive)
-                .map_err(|error| CacheError::at("locked", &path)(error.into()))?;
+            wait_for(&lock).map_err(CacheError::at("locked", &path))?;
         }
         let entry = Self { shelf, name: name.to_owned(), _lock: lock };
         entry.clear_stale();
@@ -120,6 +124,19 @@ impl Entry {
         file.sync_all().map_err(CacheError::at("written", finished))?;
         fs::rename(finished, &path).map_err(CacheError::at("put in place", &path))?;
         Ok(path)
+    }
+}
+
+/// Waits for a lock until we are asked to stop. The system only waits for it without an end, so it is tried again.
+fn wait_for(lock: &File) -> io::Result<()> {
+    loop {
+        match rustix::fs::flock(lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
+            Err(Errno::WOULDBLOCK) => {}
+            Err(error) => return Err(error.into()),
+        }
+        stop::check()?;
+        thread::sleep(RETRY);
     }
 }
 
@@ -193,7 +210,7 @@ mod tests {
         let first = Entry::lock(cache.path(), "s", "n", &mut |_| ()).unwrap();
         let path = cache.path().to_owned();
         let (say, hear) = std::sync::mpsc::channel();
-        let second = std::thread::spawn(move || {
+        let second = thread::spawn(move || {
             Entry::lock(&path, "s", "n", &mut |progress| say.send(progress).unwrap()).map(|_| ()).unwrap();
         });
         assert!(hear.recv().unwrap().step.starts_with("Waiting"));
