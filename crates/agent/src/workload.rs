@@ -11,7 +11,7 @@ use std::{
         unix::process::CommandExt,
     },
     process::{Command, Stdio},
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, Mutex, PoisonError, RwLock},
     time::{Duration, Instant},
 };
 
@@ -130,12 +130,19 @@ impl Workload {
         Self { place: Some(place), reaper, open: RwLock::new(true) }
     }
 
-    /// What starts processes without namespace and cgroup: for tests outside a guest.
+    /// What starts processes without namespace and cgroup: for tests outside a guest. They share one reaper: it takes in
+    /// every child of the program.
     ///
     /// # Errors
     /// If the reaper's thread can not be started.
     pub fn bare() -> io::Result<Self> {
-        Ok(Self { place: None, reaper: Reaper::start()?, open: RwLock::new(true) })
+        static REAPER: Mutex<Option<Reaper>> = Mutex::new(None);
+        let mut shared = REAPER.lock().unwrap_or_else(PoisonError::into_inner);
+        let reaper = match &*shared {
+            Some(reaper) => reaper.clone(),
+            None => shared.insert(Reaper::start()?).clone(),
+        };
+        Ok(Self { place: None, reaper, open: RwLock::new(true) })
     }
 
     /// Where the workload lives; `None` only for [`Self::bare`].
