@@ -1,7 +1,6 @@
 //! `logs`
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use host::guest::GuestError;
 use serde_json::json;
 
 use super::{Outcome, block_on, connect};
@@ -16,7 +15,7 @@ pub fn run(args: &Logs, output: &Output) -> Outcome {
         let (_, mut channel) = connect(&home, &args.fork).await?;
         let mut chunks = channel.logs(args.follow).await?;
         let mut last = None;
-        while let Some(chunk) = chunks.message().await.map_err(GuestError::from)? {
+        while let Some(chunk) = chunks.next().await? {
             let source: String = chunk.source.chars().take(64).collect();
             if output.json {
                 output.json_line(&json!({ "source": source, "data_base64": STANDARD.encode(&chunk.data) }))?;

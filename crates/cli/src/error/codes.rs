@@ -242,6 +242,7 @@ impl Coded for GuestError {
             Self::Busy => "channels_busy",
             Self::NotRunning => "fork_not_running",
             Self::Timeout(_) => "guest_timeout",
+            Self::Stalled(_) => "guest_stalled",
             Self::Refused(_) => "guest_refused",
             Self::Transport(_) => "connection_failed",
             Self::Local(_) => "local_io_failed",

@@ -4,6 +4,11 @@
 use std::{
     fs, io,
     path::{Component, Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
 use guest_api::proto::{ExecStart, TarPath, exec_start::What};
@@ -15,7 +20,7 @@ use tokio::{
 };
 
 use super::{
-    GuestChannel, GuestError,
+    GuestChannel, GuestError, STALL_LIMIT,
     exec::{Bounded, check, run},
 };
 
@@ -54,11 +59,15 @@ impl GuestChannel {
         let from = from.to_owned();
         fs::metadata(&from).map_err(|source| CopyError::Local { path: from.clone(), source })?;
         let (ours, theirs) = duplex(BUFFER);
-        let packing = tokio::task::spawn_blocking(move || pack(&from, Blocking::new(theirs)));
+        let moved = Moved::default();
+        let stream = Blocking::new(theirs, &moved);
+        let packing = tokio::task::spawn_blocking(move || pack(&from, stream));
         let mut stderr = Bounded::new(4096);
         let (_, controls) = mpsc::channel(1);
         let start = ExecStart { what: Some(What::Unpack(TarPath { path: to.to_owned() })), timeout_ms: 0 };
-        let result = run(self.client(), start, Some(ours), &mut tokio::io::sink(), &mut stderr, controls).await?;
+        let mut nowhere = tokio::io::sink();
+        let running = run(self.client(), start, Some(ours), &mut nowhere, &mut stderr, controls);
+        let result = moved.while_moving(STALL_LIMIT, running).await?;
         check(&result, &stderr)?;
         packing.await.map_err(|error| GuestError::Transport(error.to_string()))?
     }
@@ -70,11 +79,18 @@ impl GuestChannel {
     pub async fn copy_out(&mut self, from: &str, to: &Path) -> Result<(), CopyError> {
         let to = to.to_owned();
         let (mut ours, theirs) = duplex(BUFFER);
-        let unpacking = tokio::task::spawn_blocking(move || unpack(Blocking::new(theirs), &to));
+        let moved = Moved::default();
+        let stream = Blocking::new(theirs, &moved);
+        let unpacking = tokio::task::spawn_blocking(move || unpack(stream, &to));
         let mut stderr = Bounded::new(4096);
         let (_, controls) = mpsc::channel(1);
         let start = ExecStart { what: Some(What::Pack(TarPath { path: from.to_owned() })), timeout_ms: 0 };
-        let ran = run(self.client(), start, None::<tokio::io::Empty>, &mut ours, &mut stderr, controls).await;
+        let running = run(self.client(), start, None::<tokio::io::Empty>, &mut ours, &mut stderr, controls);
+        let ran = moved.while_moving(STALL_LIMIT, running).await;
+        if let Err(error @ GuestError::Stalled(_)) = ran {
+            // The rest of the archive is missing: that it ends early is no news.
+            return Err(error.into());
+        }
         let _ = ours.shutdown().await;
         drop(ours);
         let unpacked = unpacking.await.map_err(|error| GuestError::Transport(error.to_string()))?;
@@ -168,27 +184,63 @@ fn make_parents(base: &Path, target: &Path) -> Result<(), CopyError> {
     Ok(())
 }
 
+/// Counts the bytes of a copy, to tell one that stands still from one that is slow.
+#[derive(Debug, Clone, Default)]
+struct Moved(Arc<AtomicU64>);
+
+impl Moved {
+    fn add(&self, bytes: io::Result<usize>) -> io::Result<usize> {
+        bytes.inspect(|count| {
+            self.0.fetch_add(*count as u64, Ordering::Relaxed);
+        })
+    }
+
+    /// Gives up on what is being done once no byte has moved for `limit`, or for up to twice as long.
+    async fn while_moving<T>(
+        &self,
+        limit: Duration,
+        doing: impl Future<Output = Result<T, GuestError>>,
+    ) -> Result<T, GuestError> {
+        let standing_still = async {
+            let mut before = self.0.load(Ordering::Relaxed);
+            loop {
+                tokio::time::sleep(limit).await;
+                let now = self.0.load(Ordering::Relaxed);
+                if now == before {
+                    return;
+                }
+                before = now;
+            }
+        };
+        tokio::select! {
+            done = doing => done,
+            () = standing_still => Err(GuestError::Stalled(limit)),
+        }
+    }
+}
+
 /// A stream of the runtime, for code that blocks on a thread of its own.
 struct Blocking {
     stream: DuplexStream,
     handle: tokio::runtime::Handle,
+    moved: Moved,
 }
 
 impl Blocking {
-    fn new(stream: DuplexStream) -> Self {
-        Self { stream, handle: tokio::runtime::Handle::current() }
+    fn new(stream: DuplexStream, moved: &Moved) -> Self {
+        Self { stream, handle: tokio::runtime::Handle::current(), moved: moved.clone() }
     }
 }
 
 impl io::Read for Blocking {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.handle.block_on(self.stream.read(buffer))
+        self.moved.add(self.handle.block_on(self.stream.read(buffer)))
     }
 }
 
 impl io::Write for Blocking {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.handle.block_on(self.stream.write(bytes))
+        self.moved.add(self.handle.block_on(self.stream.write(bytes)))
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -207,7 +259,8 @@ mod tests {
         let to = to.to_owned();
         runtime.block_on(async move {
             let (mut ours, theirs) = duplex(BUFFER);
-            let unpacking = tokio::task::spawn_blocking(move || unpack(Blocking::new(theirs), &to));
+            let stream = Blocking::new(theirs, &Moved::default());
+            let unpacking = tokio::task::spawn_blocking(move || unpack(stream, &to));
             let _ = ours.write_all(&archive).await;
             drop(ours);
             unpacking.await.unwrap()
@@ -259,6 +312,24 @@ mod tests {
         receive(archive.clone(), dir.path()).unwrap();
         receive(archive, &dir.path().join("b")).unwrap();
         assert_eq!(["a", "b"].map(|name| fs::read(dir.path().join(name)).unwrap()), [b"one", b"one"]);
+    }
+
+    #[test]
+    fn a_copy_that_stands_still_is_given_up_and_a_slow_one_is_not() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+        runtime.block_on(async {
+            let moved = Moved::default();
+            let slow = async {
+                for _ in 0..10 {
+                    tokio::time::sleep(STALL_LIMIT * 9 / 10).await;
+                    moved.add(Ok(1))?;
+                }
+                Ok(7)
+            };
+            assert_eq!(moved.while_moving(STALL_LIMIT, slow).await.unwrap(), 7);
+            let stuck = moved.while_moving(STALL_LIMIT, std::future::pending::<Result<(), _>>()).await;
+            assert!(matches!(stuck, Err(GuestError::Stalled(STALL_LIMIT))));
+        });
     }
 
     #[test]

@@ -37,6 +37,8 @@ const MAX_MESSAGE: usize = 8 << 20;
 /// How often a taken channel is tried again while the deadline lasts. Locks of other processes can not be waited for with
 /// a deadline in any other way.
 const RETRY: Duration = Duration::from_millis(20);
+/// How long a stream that is not open-ended may stand still. A busy host and a large file take their time, but move.
+pub(crate) const STALL_LIMIT: Duration = Duration::from_secs(30);
 /// Longest text of the guest that goes into an error.
 const MAX_REASON: usize = 4000;
 
@@ -54,6 +56,12 @@ pub enum GuestError {
     /// No answer in time.
     #[error("the sandbox did not answer within {} ms", .0.as_millis())]
     Timeout(Duration),
+    /// It answered at first, and then no byte moved for this long.
+    #[error(
+        "nothing came from or went to the sandbox for {} s; see whether it still answers with `offshoot ping FORK`",
+        .0.as_secs()
+    )]
+    Stalled(Duration),
     /// The agent refused, or said that it failed; its reason is cleaned for a terminal.
     #[error("the sandbox refused: {0}")]
     Refused(String),
@@ -167,9 +175,11 @@ impl GuestChannel {
     /// What services and the runtime wrote; with `follow` the stream goes on until it is dropped.
     ///
     /// # Errors
-    /// [`GuestError`].
-    pub async fn logs(&mut self, follow: bool) -> Result<Streaming<LogChunk>, GuestError> {
-        Ok(self.client.logs(LogsRequest { follow }).await?.into_inner())
+    /// [`GuestError`]; [`GuestError::Stalled`] if it does not begin.
+    pub async fn logs(&mut self, follow: bool) -> Result<Logs, GuestError> {
+        let begun = timeout(STALL_LIMIT, self.client.logs(LogsRequest { follow }));
+        let chunks = begun.await.map_err(|_| GuestError::Stalled(STALL_LIMIT))??.into_inner();
+        Ok(Logs { chunks, follow })
     }
 
     /// What a workload in the guest sees of itself, as JSON.
@@ -182,6 +192,27 @@ impl GuestChannel {
 
     pub(crate) fn client(&mut self) -> &mut AgentClient<Channel> {
         &mut self.client
+    }
+}
+
+/// What services and the runtime write, piece by piece.
+#[derive(Debug)]
+pub struct Logs {
+    chunks: Streaming<LogChunk>,
+    follow: bool,
+}
+
+impl Logs {
+    /// The next piece; none at the end. One that is followed may be silent for ever.
+    ///
+    /// # Errors
+    /// [`GuestError`]; [`GuestError::Stalled`] if one that is not followed does not go on.
+    pub async fn next(&mut self) -> Result<Option<LogChunk>, GuestError> {
+        if self.follow {
+            return Ok(self.chunks.message().await?);
+        }
+        let next = timeout(STALL_LIMIT, self.chunks.message()).await;
+        Ok(next.map_err(|_| GuestError::Stalled(STALL_LIMIT))??)
     }
 }
 
