@@ -12,3 +12,4 @@ mod mailboxes;
 mod own_rootfs;
 mod recovery;
 mod signals;
+mod warm_up;
