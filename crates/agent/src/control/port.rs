@@ -195,7 +195,14 @@ async fn relay(
                     if let Some(session) = session
                         && session.to_user.write_all(&data).await.is_err()
                     {
+                        // The server has given up this connection. The session's own task would tell the host, but ends
+                        // with the session.
                         current = None;
+                        let mut close = Vec::new();
+                        encode(Kind::Close, number, &[], &mut close);
+                        if to_port.send(close).await.is_err() {
+                            return;
+                        }
                     }
                 }
                 Event::Closed(number) => {
