@@ -32,11 +32,11 @@ Environment:
 )]
 pub struct Cli {
     /// Print JSON instead of text; errors too (docs/json.md has every field)
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = "Everywhere")]
     pub json: bool,
 
     /// Print results and errors only
-    #[arg(short, long, global = true)]
+    #[arg(short, long, global = true, help_heading = "Everywhere")]
     pub quiet: bool,
 
     /// What to do
@@ -168,7 +168,7 @@ pub struct Fork {
     #[arg(value_name = "TAG")]
     pub tag: Tag,
     /// How many
-    #[arg(short = 'n', long = "count", value_name = "N", default_value_t = 1)]
+    #[arg(short = 'n', long = "count", value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
     pub count: usize,
     /// Name, also the host name; with -n, -1, -2… are appended [default: made of TAG and the id]
     #[arg(long, value_name = "NAME")]
@@ -319,7 +319,7 @@ pub struct Verify {
     #[arg(value_name = "TAG")]
     pub tag: Tag,
     /// How many forks to compare
-    #[arg(short = 'n', long = "count", value_name = "N", default_value_t = 3)]
+    #[arg(short = 'n', long = "count", value_name = "N", default_value_t = 3, allow_negative_numbers = true)]
     pub count: usize,
 }
 
@@ -332,10 +332,10 @@ pub struct Bench {
     pub tag: Tag,
     /// How many at once, one or more numbers
     #[arg(short = 'n', long = "at-once", value_name = "N,N…", value_delimiter = ',', default_value = "1,10",
-          value_parser = values::at_least_one)]
+          value_parser = values::at_least_one, allow_negative_numbers = true)]
     pub at_once: Vec<usize>,
     /// Rounds of each
-    #[arg(long, value_name = "R", default_value = "5", value_parser = values::at_least_one)]
+    #[arg(long, value_name = "R", default_value = "5", value_parser = values::at_least_one, allow_negative_numbers = true)]
     pub rounds: usize,
 }
 

@@ -59,8 +59,9 @@ impl Signals {
     }
 }
 
-/// Time for what is unfinished to be undone; it takes well below a second.
-const UNDO_LIMIT: Duration = Duration::from_secs(20);
+/// Time for what is unfinished to be undone. It takes well below a second, but a program that installs packages has to tidy
+/// up too.
+const UNDO_LIMIT: Duration = Duration::from_secs(30);
 
 /// From now on a signal that asks to end makes the work of this process stop and undo itself: see [`host::stop`]. The verb
 /// then finds that it failed and asks [`host::stop::requested`] why.

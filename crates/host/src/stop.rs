@@ -88,21 +88,26 @@ pub fn end_unfinished(home: &Home, limit: Duration) {
 
 fn end(pid: u32, forks: &Path, asked: &mut BTreeSet<u32>, now: bool) -> io::Result<()> {
     let process = ProcessRef::of(pid)?;
-    let Some(fd) = process.pidfd()? else { return Ok(()) };
-    // Looked at only now that the descriptor holds the pid.
+    let Some(_held) = process.pidfd()? else { return Ok(()) };
+    // Looked at only now that a descriptor holds the pid.
     if parent_of(pid) != Some(std::process::id()) || is_published(pid, forks) {
         return Ok(());
     }
     let is_machine = fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.starts_with("qemu-system"));
-    if is_machine || now {
-        // What it started goes first: nobody would find that afterwards.
-        for child in children_of(pid) {
-            ProcessRef::of(child)?.kill(KILL_LIMIT)?;
-        }
+    if is_machine {
         return process.kill(KILL_LIMIT);
     }
-    if asked.insert(pid) {
-        pidfd_send_signal(&fd, Signal::TERM)?;
+    // All that it started too: a program that waits for a child of its own does not end before that does, and what is
+    // orphaned here nobody finds again, while it may hold the pipe that our work reads.
+    for pid in [vec![pid], descendants_of(pid)].concat() {
+        let Ok(process) = ProcessRef::of(pid) else { continue };
+        if now {
+            let _ = process.kill(KILL_LIMIT);
+        } else if asked.insert(pid)
+            && let Ok(Some(fd)) = process.pidfd()
+        {
+            let _ = pidfd_send_signal(&fd, Signal::TERM);
+        }
     }
     Ok(())
 }
@@ -121,6 +126,19 @@ fn children_of(parent: u32) -> Vec<u32> {
     pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         .filter(|pid| parent_of(*pid) == Some(parent))
         .collect()
+}
+
+/// Parents before their children.
+fn descendants_of(ancestor: u32) -> Vec<u32> {
+    let mut found = children_of(ancestor);
+    let mut next = 0;
+    while let Some(&pid) = found.get(next) {
+        // A pid that was given anew while we looked could make a circle.
+        let more: Vec<u32> = children_of(pid).into_iter().filter(|pid| !found.contains(pid)).collect();
+        found.extend(more);
+        next += 1;
+    }
+    found
 }
 
 /// From `/proc/PID/stat`. The command's name may hold anything, so fields are counted after its `)`.
@@ -161,6 +179,19 @@ mod tests {
         assert!(published.try_wait().unwrap().is_none(), "what is published lives on");
         published.kill().unwrap();
         published.wait().unwrap();
+    }
+
+    #[test]
+    fn what_a_program_started_goes_with_it() {
+        let script = "trap '' TERM; sh -c 'trap \"\" TERM; sleep 1000' & echo; wait";
+        let mut shell = Command::new("sh").args(["-c", script]).stdout(std::process::Stdio::piped()).spawn().unwrap();
+        let mut stdout = shell.stdout.take().unwrap();
+        io::Read::read_exact(&mut stdout, &mut [0]).unwrap();
+        assert!(!descendants_of(shell.id()).is_empty());
+        end(shell.id(), Path::new("/nowhere"), &mut BTreeSet::new(), true).unwrap();
+        // Nobody holds the pipe any more.
+        assert_eq!(io::Read::read(&mut stdout, &mut [0]).unwrap(), 0);
+        shell.wait().unwrap();
     }
 
     #[test]
