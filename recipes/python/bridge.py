@@ -291,7 +291,8 @@ class Gathered:
     resets = []  # (dictionary, key, value)
     add_openssl = None
     slow = True  # whether any of these has to be refreshed by its own functions
-    report = ""  # the entries of the answer that are known beforehand
+    report = ""  # its entries of the report, as members of a JSON object
+    answer = b""  # all entries that are known beforehand
     environment = set()  # names that the last event set
 
 
@@ -386,11 +387,18 @@ def reseed():
 
 
 def refresh():
-    """The event's part that every fork needs. It imports nothing, and calls little."""
+    """The event's part that the ack waits for. It imports nothing, and calls little."""
     if Direct.size:
         # A signal may cut the read short.
         while os.readv(Direct.source, Direct.states) != Direct.size:
             pass
+    if Gathered.slow:
+        reseed()
+
+
+def settle():
+    """The part that no request may miss. The quiesce did it too: it finds something to do only where a thread was at work
+    after that, and so the ack need not wait for it."""
     for dictionary, key, value in Gathered.resets:
         dictionary[key] = value
     for flag in Direct.zeros:
@@ -398,8 +406,6 @@ def refresh():
     for sequence, entropy in Direct.sequences:
         if sequence.entropy is not entropy:  # it was initialized anew since the quiesce
             sequence.__init__(None, pool_size=sequence.pool_size)
-    if Gathered.slow:
-        reseed()
 
 
 def drop_stubborn():
@@ -578,7 +584,8 @@ def prepare():
         or Gathered.foreign
         or Gathered.add_openssl
     )
-    Gathered.report = ENCODE_TEXT(report)[:-1]
+    Gathered.report = ",".join('"%s":"%s"' % entry for entry in report.items())
+    Gathered.answer = (Gathered.report + ',"environ":"set"').encode()
     return stubborn
 
 
@@ -588,7 +595,7 @@ def quiesce():
     gc.collect()
     stubborn = prepare()
     rehearse_event()
-    report = {"gathered": json.loads(Gathered.report + "}").get("random", "none")}
+    report = {"gathered": json.loads("{%s}" % Gathered.report).get("random", "none")}
     if stubborn:
         report["uncovered"] = "generators-%d" % stubborn
     flush()
@@ -597,48 +604,59 @@ def quiesce():
     return report
 
 
-def become(fork, environment):
-    """The event: `environment` has names and values in turn, as bytes."""
+def become(environment):
+    """The event, as far as the ack waits for it: `environment` has names and values in turn, as bytes."""
     refresh()
-    known = os.environ
-    put, data = os.putenv, known._data
-    names = set(environment[::2])
-    for name in Gathered.environment:
-        if name not in names:
-            known.pop(name.decode(), None)
+    put, data = os.putenv, os.environ._data
     at = 0
     while at < len(environment):
         name, value = environment[at], environment[at + 1]
         put(name, value)
         data[name] = value
         at += 2
+
+
+def complete(fork, environment):
+    """The rest of it, before anything is asked of this fork; returns what the callbacks add to the report."""
+    settle()
+    names = set(environment[::2])
+    for name in Gathered.environment:
+        if name not in names:
+            os.environ.pop(name.decode(), None)
     Gathered.environment = names
     guest.fork = fork
-    if guest.callbacks:
-        for callback in guest.callbacks:
-            callback(fork)
-        return ',"environ":"set","callbacks":"ran-%d"' % len(guest.callbacks)
-    return ',"environ":"set"'
+    if not guest.callbacks:
+        return ""
+    for callback in guest.callbacks:
+        callback(fork)
+    return ',"callbacks":"ran-%d"' % len(guest.callbacks)
 
 
 IDENTITY = b'{"type":"identity","id":'
 
 
-def identity(line):
-    """The answer to an identity request; None if the line is not in the usual form. Without escapes, the strings of the
-    line are what is between its quotes."""
+def identity(line, reply):
+    """Answers an identity request through `reply`; false, and nothing done, if the line is not in the usual form. Without
+    escapes, the strings of the line are what is between its quotes."""
     parts = line.split(b'"')
     if len(parts) < 27 or parts[25] != b"env" or b"\\" in line:
-        return None
+        return False
+    environment = parts[27:-1:2]
+    become(environment)
+    done = b'{"type":"done","id":' + parts[6][1:-1] + b',"report":{' + Gathered.answer
+    # Callbacks may fail, or add to the report: with any, the answer waits for them.
+    if not guest.callbacks:
+        reply(done + b"}}\n")
     fork = {
         "id": parts[11].decode(),
         "name": parts[15].decode(),
         "hostname": parts[19].decode(),
         "template": parts[23].decode(),
     }
-    environment = parts[27:-1:2]
-    report = become(fork, environment)
-    return b'{"type":"done","id":' + parts[6][1:-1] + b',"report":' + (Gathered.report + report).encode() + b"}}\n"
+    more = complete(fork, environment)
+    if more:
+        reply(done + more.encode() + b"}}\n")
+    return True
 
 
 def identity_at_length(request):
@@ -646,7 +664,8 @@ def identity_at_length(request):
     environment = []
     for item in request["env"].items():
         environment += [text.encode("utf-8", "surrogateescape") for text in item]
-    return json.loads(Gathered.report + become(request["fork"], environment) + "}")
+    become(environment)
+    return json.loads("{" + Gathered.answer.decode() + complete(request["fork"], environment) + "}")
 
 
 def rehearse_event():
@@ -655,7 +674,7 @@ def rehearse_event():
     guest.callbacks, Gathered.environment = [], set()
     line = IDENTITY + b'0,"fork":{"id":"","name":"","hostname":"","template":""},"env":{"OFFSHOOT_REHEARSAL":"1"}}\n'
     for _ in range(64):
-        identity(line)
+        identity(line, len)
     del os.environ["OFFSHOOT_REHEARSAL"]
     guest.fork, guest.callbacks, Gathered.environment = kept, callbacks, environment
 
@@ -698,18 +717,24 @@ def rehearse(scope):
 
 
 def event(line, target):
-    """Answers an identity request that is a whole line in the usual form; whether it did. What is not needed for the answer
-    comes after it."""
+    """Answers an identity request that is a whole line in the usual form; whether it did."""
     if line.find(b"\n") != len(line) - 1:
         return False
+
+    def reply(answer):
+        nonlocal answered
+        answered = True
+        if os.write(target, answer) != len(answer):
+            sys.exit("the agent takes no answer")
+
+    answered = False
     try:
-        reply = identity(line)
-    except Exception:
-        return False  # again, at length, to say what is wrong
-    if reply is None:
-        return False
-    if os.write(target, reply) != len(reply):
-        sys.exit("the agent takes no answer")
+        if not identity(line, reply):
+            return False
+    except Exception as error:
+        if not answered:
+            return False  # again, at length, to say what is wrong
+        sys.exit("the identity could not be taken on: %s" % error)
     forget()
     return True
 
