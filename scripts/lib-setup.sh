@@ -77,6 +77,8 @@ build_agent() {
         cargo build --profile "$profile" -p offshoot-agent --features "$agent_features" --target "$offshoot_target") \
         || setup_fail "The agent could not be built; see the lines above."
     copy_program "$offshoot_source/target/$offshoot_target/$(profile_folder "$profile")/offshoot-agent" offshoot-agent
+    # It lies in the guest's memory: with its debug information a small guest has no room to boot.
+    strip --strip-debug "$offshoot_bin/offshoot-agent"
 }
 
 # build_offshoot [PROFILE]: both programs, into $offshoot_bin.

@@ -98,14 +98,14 @@ fn end(pid: u32, forks: &Path, asked: &mut BTreeSet<u32>, now: bool) -> io::Resu
         return process.kill(KILL_LIMIT);
     }
     // All that it started too: a program that waits for a child of its own does not end before that does, and what is
-    // orphaned here nobody finds again, while it may hold the pipe that our work reads.
+    // orphaned here nobody finds again, while it may hold the pipe that our work reads. Asked once: what is started after
+    // that is there to tidy up.
+    let ask = asked.insert(pid);
     for pid in [vec![pid], descendants_of(pid)].concat() {
         let Ok(process) = ProcessRef::of(pid) else { continue };
         if now {
             let _ = process.kill(KILL_LIMIT);
-        } else if asked.insert(pid)
-            && let Ok(Some(fd)) = process.pidfd()
-        {
+        } else if ask && let Ok(Some(fd)) = process.pidfd() {
             let _ = pidfd_send_signal(&fd, Signal::TERM);
         }
     }
