@@ -42,7 +42,7 @@ pub struct BenchRow {
     pub acked_ms: Figures,
     /// From the request to the last fork's acknowledged identity.
     pub all_acked_ms: Figures,
-    /// Bytes that only one fork holds, on average, right after its ack.
+    /// Bytes that a fork has for itself, on average, right after its ack.
     pub private_bytes: u64,
     /// Bytes that a fork shares, on average.
     pub shared_bytes: u64,

@@ -98,18 +98,15 @@ pub fn kill(home: &Home, record: &ForkRecord) -> Result<(), ForksError> {
     record::remove(home, &dir(home, record), &record.id).map_err(state("removing the fork's directory"))
 }
 
-/// Bytes of memory that only this fork holds, and that it shares with others (its template's memory above all).
+/// Bytes of memory that this fork has for itself, and of the rest of what it maps. Clean pages, those of its template's
+/// memory above all, are the page cache's even while only one fork maps them, so they count as shared.
 #[must_use]
 pub fn memory_of(record: &ForkRecord) -> Option<(u64, u64)> {
     let text = fs::read_to_string(format!("/proc/{}/smaps_rollup", record.process.pid)).ok()?;
-    let sum = |names: &[&str]| {
-        text.lines()
-            .filter_map(|line| {
-                let (name, rest) = line.split_once(':')?;
-                names.contains(&name).then(|| rest.split_whitespace().next()?.parse::<u64>().ok())?
-            })
-            .sum::<u64>()
-            * 1024
+    let field = |wanted: &str| -> Option<u64> {
+        let (_, rest) = text.lines().filter_map(|line| line.split_once(':')).find(|(name, _)| *name == wanted)?;
+        Some(rest.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
     };
-    Some((sum(&["Private_Clean", "Private_Dirty"]), sum(&["Shared_Clean", "Shared_Dirty"])))
+    let private = field("Private_Dirty")? + field("Swap").unwrap_or(0);
+    Some((private, field("Rss")?.saturating_sub(field("Private_Dirty")?)))
 }
