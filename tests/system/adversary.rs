@@ -65,7 +65,15 @@ fn i1_python_does_not_see_the_templates_world_after_the_capture() {
 
 #[test]
 fn i1_without_the_freeze_the_adversary_is_found_out() {
-    let findings = watch_forks(Kind::WatchedWithoutFreeze, 5);
+    // Whether the workload gets to run in the few milliseconds before the identity is applied is the host's scheduler's
+    // choice: one try may show nothing.
+    let mut findings = watch_forks(Kind::WatchedWithoutFreeze, 5);
+    for _ in 0..9 {
+        if findings.of_one_fork > 0 {
+            break;
+        }
+        findings = watch_forks(Kind::WatchedWithoutFreeze, 5);
+    }
     assert_it_ran(&findings, 5);
     println!("{} violations, {} of them in one fork only", findings.violations.len(), findings.of_one_fork);
     assert!(findings.of_one_fork > 0, "what was found may be from before the capture");
