@@ -302,6 +302,7 @@ class Direct:
     to lie where it should is here."""
 
     states = []  # writable memory that takes any random bytes
+    owners = []  # the objects it belongs to, so that it stays theirs
     size = 0
     zeros = []  # flags that say that half of a draw was kept for next time
     sequences = []  # (SeedSequence, the array that is its entropy)
@@ -497,7 +498,7 @@ def own_entropy(sequence):
 
 def find_direct():
     """Moves what has a direct way from Gathered to Direct."""
-    states, zeros, sequences = [], [], []
+    states, owners, zeros, sequences = [], [], [], []
 
     def move(group, attempt):
         for thing in list(group):
@@ -506,6 +507,7 @@ def find_direct():
             except Exception:
                 found = None
             if found is not None:
+                owners.append(thing)
                 group[:] = [other for other in group if other is not thing]
 
     def move_random(one):
@@ -552,7 +554,7 @@ def find_direct():
         Direct.source = os.open("/dev/urandom", os.O_RDONLY | os.O_CLOEXEC)
     if len(states) > 1000:  # the most that one call takes
         raise OSError("too many generators")
-    Direct.states, Direct.size = states, sum(len(state) for state in states)
+    Direct.states, Direct.owners, Direct.size = states, owners, sum(len(state) for state in states)
     Direct.zeros, Direct.sequences = zeros, sequences
 
 
@@ -560,7 +562,7 @@ def forget():
     """Lets go of the generators: user code may do so too."""
     Gathered.randoms, Gathered.sequences, Gathered.generators = [], [], []
     Gathered.legacy, Gathered.foreign, Gathered.resets = [], [], []
-    Direct.states, Direct.zeros, Direct.sequences, Direct.size = [], [], [], 0
+    Direct.states, Direct.owners, Direct.zeros, Direct.sequences, Direct.size = [], [], [], [], 0
 
 
 def prepare():
@@ -575,7 +577,7 @@ def prepare():
     except (ImportError, OSError):
         gather()  # without a direct way: every generator by its own functions
         drop_stubborn()
-        Direct.states, Direct.zeros, Direct.sequences, Direct.size = [], [], [], 0
+        Direct.states, Direct.owners, Direct.zeros, Direct.sequences, Direct.size = [], [], [], [], 0
     Gathered.slow = bool(
         Gathered.randoms
         or Gathered.sequences
@@ -598,22 +600,109 @@ def quiesce():
     report = {"gathered": json.loads("{%s}" % Gathered.report).get("random", "none")}
     if stubborn:
         report["uncovered"] = "generators-%d" % stubborn
+    more = in_place()
     flush()
     gc.collect()
     gc.freeze()  # a collection in a fork must not write to every page of the template
-    return report
+    return report, more
 
 
-def become(environment):
-    """The event, as far as the ack waits for it: `environment` has names and values in turn, as bytes."""
-    refresh()
+def in_place():
+    """What the agent can do in this process' stead while it is frozen, so that the ack need not wait for the event: fill
+    the generators' memory. None if there is more to it, which the event has to do before the ack."""
+    if Gathered.slow or guest.callbacks or not expect_environment():
+        return None
+    import ctypes
+
+    def place(state):
+        return [ctypes.addressof(ctypes.c_char.from_buffer(state)), state.nbytes]
+
+    return {"memory": [place(state) for state in Direct.states], "report": json.loads("{%s}" % Gathered.answer.decode())}
+
+
+IDENTITY_FILES = "/run/offshoot"
+
+
+class Expected(dict):
+    """The data of os.environ from the quiesce until the event. The agent writes the identity directory before this process
+    thaws, and whoever looks at os.environ before the event finds what stands there."""
+
+    before = {}  # the template's
+
+
+def looking(name):
+    plain = getattr(dict, name)
+
+    def method(self, *args, **kwargs):
+        return plain(arrived(self), *args, **kwargs)
+
+    return method
+
+
+for _name in (
+    "__getitem__ __setitem__ __delitem__ __iter__ __len__ __contains__ __repr__ __eq__ __ne__ __reversed__ __or__ __ror__ "
+    "__ior__ keys items values get pop popitem setdefault update clear copy"
+).split():
+    setattr(Expected, _name, looking(_name))
+
+
+def arrived(expected):
+    """The data to use, which is a plain dictionary: the fork's, if this is one."""
+    data = os.environ._data
+    if data is not expected:
+        return data  # another thread was first
+    try:
+        environment = identity_files()
+    except OSError:
+        return expected.before
+    put_environment(environment)
+    return os.environ._data
+
+
+def identity_files():
+    def content(path):
+        with open(path, "rb", 0) as file:
+            return file.read()
+
+    environment = []
+    for name in os.listdir(IDENTITY_FILES + "/env"):
+        environment += [os.fsencode(name), content(IDENTITY_FILES + "/env/" + name)]
+    for name in ("id", "name", "hostname", "template"):
+        environment += [b"OFFSHOOT_" + name.upper().encode(), content(IDENTITY_FILES + "/" + name)]
+    return environment
+
+
+def expect_environment():
+    """Whether os.environ is the usual one, and now looks at the identity directory."""
+    if type(os.environ) is not os._Environ or os.environ._data is not os.environb._data:
+        return False
+    if type(os.environ._data) is Expected:
+        return True  # from a capture that was given up
+    if type(os.environ._data) is not dict:
+        return False
+    expected = Expected()
+    expected.before = os.environ._data
+    os.environ._data = os.environb._data = expected
+    return True
+
+
+def put_environment(environment):
+    """Sets variables: names and values in turn, as bytes."""
     put, data = os.putenv, os.environ._data
+    if type(data) is Expected:
+        os.environ._data = os.environb._data = data = data.before
     at = 0
     while at < len(environment):
         name, value = environment[at], environment[at + 1]
         put(name, value)
         data[name] = value
         at += 2
+
+
+def become(environment):
+    """The event, as far as the ack waits for it: `environment` has names and values in turn, as bytes."""
+    refresh()
+    put_environment(environment)
 
 
 def complete(fork, environment):
@@ -682,8 +771,9 @@ def rehearse_event():
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
-def done(number, report):
-    return b'{"type":"done","id":%d,"report":%s}' % (number, ENCODE_TEXT(report).encode("utf-8"))
+def done(number, report, more=None):
+    tail = "" if more is None else ',"in_place":' + ENCODE_TEXT(more)
+    return ('{"type":"done","id":%d,"report":%s%s}' % (number, ENCODE_TEXT(report), tail)).encode("utf-8")
 
 
 def handle(line, scope):
@@ -698,7 +788,7 @@ def handle(line, scope):
             forget()
             return done(number, report)
         if kind == "quiesce":
-            return done(number, quiesce())
+            return done(number, *quiesce())
     except Exception as error:
         message, stack = failure(error, "<%s>" % kind, "")
         body = '"message":%s,"stack":%s' % (ENCODE_TEXT(message), ENCODE_TEXT(stack))

@@ -53,6 +53,11 @@ pub(super) fn until_thaw(
             log.step("files", || std::mem::take(&mut prepared.blanks).put_back(parts).map(|()| "kept".into()))?;
         }
     }
+    let started = Instant::now();
+    if let Some(outcome) = state.supervisor().before_thaw() {
+        let micros = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
+        log.steps.push(Step { name: "runtime-memory".into(), outcome: outcome.into(), micros });
+    }
     log.step("thaw", || {
         // From here on processes may be started again: they are started as the new identity.
         state.set_phase(Phase::Running);

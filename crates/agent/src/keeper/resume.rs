@@ -14,6 +14,8 @@ use super::{
     Parts,
     apply::{self, Failed, Log},
     lock,
+    pages::Pages,
+    tick::Tick,
 };
 use crate::{
     console,
@@ -27,13 +29,17 @@ const ACK_DEADLINE: Duration = Duration::from_secs(30);
 /// While nothing else has wanted the CPU for this long, the quiesce's answer is out, and the host has closed its channel.
 const UNDISTURBED: Duration = Duration::from_millis(30);
 
+/// And this often it has given way in vain: a host that stops the machine for that long must not look like rest, and a
+/// thread that has just woken is let run on for some milliseconds (2 µs each, emulated) though it gives way.
+const YIELDS: u32 = 10_000;
+
 /// Most time for that. Where others never rest, forks are only later.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How often the spinning thread looks (some µs each under emulation) until it holds the timer anew.
 const SPINS: usize = 4096;
-/// How often it holds it: some ten seconds, which no capture takes.
-const RENEWALS: usize = 2000;
+/// How long the thread spins before it gives way again. A capture begins at once.
+const CAPTURE_WITHIN: Duration = Duration::from_secs(2);
 
 /// Says on the ack port that from now on this thread only waits for its identity: the host captures then.
 const ARMED: &str = "offshoot-armed";
@@ -61,45 +67,64 @@ pub(super) fn run(state: &Arc<AgentState>, parts: &Parts) {
 }
 
 /// Spins: the capture stops the guest within milliseconds, and a fork then goes on right here, with nothing between it
-/// and the identity, neither a timer nor the scheduler.
+/// and the identity, neither a timer nor the scheduler. If no capture comes, everybody else gets another turn: the answer
+/// that the host waits for may not be out.
 fn wait_until_filled(state: &AgentState, parts: &Parts) {
     let own = lock(&parts.own);
-    // At first the answer has to get out, so everybody else goes first. That nobody wanted the CPU is seen by the kernel's
-    // count of switches, not by time that is missing: that may as well have been the host's, and a busy one's always is.
+    let mut told = false;
+    while !own.is_filled() {
+        let_others_go_first(&own);
+        // Before the host is told: it captures at once, and a fork goes on where that was.
+        right_of_way(state, true);
+        if !told && let Err(error) = parts.ack.send(ARMED, Instant::now() + ACK_DEADLINE) {
+            console::warn(&format!("the host could not be told that the agent is armed: {error}"));
+        }
+        told = true;
+        if spin(&own, parts.tick.as_ref()) {
+            return;
+        }
+        if let Some(tick) = &parts.tick {
+            tick.release();
+        }
+        right_of_way(state, false);
+    }
+}
+
+/// Gives way until nobody wants the CPU any more. That is seen by the kernel's count of switches, not by time that is
+/// missing: that may as well have been the host's, and a busy one's always is.
+fn let_others_go_first(own: &Pages) {
     let asked = Instant::now();
-    let (mut since, mut switches) = (asked, context_switches());
+    let (mut since, mut switches, mut yields) = (asked, context_switches(), 0);
     while !own.is_filled() {
         rustix::thread::sched_yield();
+        yields += 1;
         let (now, seen) = (Instant::now(), context_switches());
         if seen != switches {
-            (since, switches) = (now, seen);
+            (since, switches, yields) = (now, seen, 0);
         }
-        if now.duration_since(since) >= UNDISTURBED || now.duration_since(asked) >= PATIENCE {
-            break;
+        let rests = now.duration_since(since) >= UNDISTURBED && yields >= YIELDS;
+        if rests || now.duration_since(asked) >= PATIENCE {
+            return;
         }
     }
-    // Before the host is told: it captures at once, and a fork goes on where that was.
-    right_of_way(state, true);
-    if !own.is_filled()
-        && let Err(error) = parts.ack.send(ARMED, Instant::now() + ACK_DEADLINE)
-    {
-        console::warn(&format!("the host could not be told that the agent is armed: {error}"));
-    }
-    // Holding is renewed for as long as a capture may take; if none comes, the guest gets its timer back.
-    for _ in 0..RENEWALS {
-        if let Some(tick) = &parts.tick {
+}
+
+/// Spins until the mailbox is filled; false after [`CAPTURE_WITHIN`].
+fn spin(own: &Pages, tick: Option<&Tick>) -> bool {
+    let begun = Instant::now();
+    while begun.elapsed() < CAPTURE_WITHIN {
+        // Renewed for as long as a capture may take.
+        if let Some(tick) = tick {
             tick.hold();
         }
         for _ in 0..SPINS {
             if own.is_filled() {
-                return;
+                return true;
             }
             std::hint::spin_loop();
         }
     }
-    while !own.is_filled() {
-        std::hint::spin_loop();
-    }
+    false
 }
 
 fn answer(state: &Arc<AgentState>, parts: &Parts) {

@@ -23,7 +23,7 @@ const MAX_WORD: usize = 48;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Answer {
     Ready,
-    Done { id: u64, report: Vec<(String, String)> },
+    Done { id: u64, report: Vec<(String, String)>, in_place: Option<String> },
     Result { id: u64, value: String, repr: String, stdout: String, stderr: String },
     Error { id: u64, too_large: bool, message: String, stack: String, stdout: String, stderr: String },
 }
@@ -54,9 +54,11 @@ impl Answer {
         let id = || raw("id")?.parse().map_err(|_| AnswerError::Field("id"));
         match string("type")?.as_str() {
             "ready" => Ok(Self::Ready),
-            "done" => {
-                Ok(Self::Done { id: id()?, report: fields.get("report").map_or(Ok(Vec::new()), |raw| report(raw))? })
-            }
+            "done" => Ok(Self::Done {
+                id: id()?,
+                report: fields.get("report").map_or(Ok(Vec::new()), |raw| report(raw))?,
+                in_place: fields.get("in_place").map(|&raw| raw.to_owned()),
+            }),
             "result" => Ok(Self::Result {
                 id: id()?,
                 value: raw("value")?.to_owned(),
@@ -150,7 +152,7 @@ fn usual_done(line: &[u8]) -> Option<Answer> {
             _ => return None,
         };
     }
-    Some(Answer::Done { id, report })
+    Some(Answer::Done { id, report, in_place: None })
 }
 
 /// What may stand in an ack as it is.
@@ -163,7 +165,7 @@ fn text_of(raw: &str) -> Option<String> {
 }
 
 /// A report's entries, as names and outcomes that may stand in an ack.
-fn report(raw: &str) -> Result<Vec<(String, String)>, AnswerError> {
+pub(crate) fn report(raw: &str) -> Result<Vec<(String, String)>, AnswerError> {
     if !raw.starts_with('{') {
         return Err(AnswerError::Field("report"));
     }
@@ -469,13 +471,13 @@ mod tests {
     fn the_usual_answer_reads_as_the_general_parser_reads_it() {
         let usual = br#"{"type":"done","id":17,"report":{"environ":"set","random":"reseeded-2"}}"#;
         let report = [("environ", "set"), ("random", "reseeded-2")].map(|(n, o)| (n.to_owned(), o.to_owned())).to_vec();
-        assert_eq!(usual_done(usual), Some(Answer::Done { id: 17, report: report.clone() }));
+        assert_eq!(usual_done(usual), Some(Answer::Done { id: 17, report: report.clone(), in_place: None }));
         // A space more, and the general parser has it.
         let general = br#"{"type":"done", "id":17,"report":{"environ":"set","random":"reseeded-2"}}"#;
         assert_eq!(usual_done(general), None);
-        assert_eq!(Answer::parse(general), Ok(Answer::Done { id: 17, report }));
+        assert_eq!(Answer::parse(general), Ok(Answer::Done { id: 17, report, in_place: None }));
         let empty = br#"{"type":"done","id":0,"report":{}}"#;
-        assert_eq!(usual_done(empty), Some(Answer::Done { id: 0, report: Vec::new() }));
+        assert_eq!(usual_done(empty), Some(Answer::Done { id: 0, report: Vec::new(), in_place: None }));
         for other in [
             &br#"{"type":"done","id":01,"report":{}}"#[..],
             br#"{"type":"done","id":18446744073709551616,"report":{}}"#,

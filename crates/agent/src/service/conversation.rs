@@ -27,6 +27,10 @@ pub(crate) struct Conversation {
     /// Whether a request that nobody waits for any more is still being worked on. Nothing is sent before it is answered:
     /// what would stand in the pipe could not be taken back.
     owed: Option<u64>,
+    /// Whether that was an event without which nothing may be asked.
+    needed: bool,
+    /// Why it was ended, if it failed that event.
+    pub(crate) refusal: Option<String>,
     /// Whether a request was cut short. A line end makes it an error that the runtime skips.
     cut: bool,
 }
@@ -48,7 +52,7 @@ pub(crate) enum NoAnswer {
 
 impl Conversation {
     pub(crate) fn new(life: u64, process: Arc<Process>, input: OwnedFd, output: OwnedFd) -> Self {
-        Self { life, process, input, output, pending: Vec::new(), owed: None, cut: false }
+        Self { life, process, input, output, pending: Vec::new(), owed: None, needed: false, refusal: None, cut: false }
     }
 
     /// Waits for the runtime to say that it is ready.
@@ -62,6 +66,23 @@ impl Conversation {
 
     /// Sends a request (without line end) and waits for its answer.
     pub(crate) fn ask(&mut self, id: u64, request: &str, deadline: Instant) -> Result<Answer, NoAnswer> {
+        self.send(id, request, deadline)?;
+        let answer = self.answer(id, deadline);
+        if !matches!(answer, Err(NoAnswer::Late)) {
+            self.owed = None;
+        }
+        answer
+    }
+
+    /// Sends an event and leaves its answer to the next request, which is sent only if the event was done. A runtime that
+    /// fails it is ended: it would answer as somebody else.
+    pub(crate) fn announce(&mut self, id: u64, request: &str, deadline: Instant) -> Result<(), NoAnswer> {
+        self.send(id, request, deadline)?;
+        self.needed = true;
+        Ok(())
+    }
+
+    fn send(&mut self, id: u64, request: &str, deadline: Instant) -> Result<(), NoAnswer> {
         if request.len() >= MAX_LINE {
             return Err(NoAnswer::TooLong);
         }
@@ -69,8 +90,19 @@ impl Conversation {
             match self.answer(owed, deadline) {
                 Err(NoAnswer::Late) => return Err(NoAnswer::Busy),
                 Err(NoAnswer::Died) => return Err(NoAnswer::Died),
-                _ => self.owed = None,
+                Ok(Answer::Done { .. }) => {}
+                other if self.needed => {
+                    self.refusal = Some(match other {
+                        Ok(Answer::Error { message, .. }) => message.chars().take(300).collect(),
+                        Err(NoAnswer::Invalid(error)) => error.to_string(),
+                        _ => "its answer is none to an event".to_owned(),
+                    });
+                    let _ = self.process.kill_tree();
+                    return Err(NoAnswer::Died);
+                }
+                _ => {}
             }
+            (self.owed, self.needed) = (None, false);
         }
         if self.cut {
             self.write(b"\n", deadline)?;
@@ -84,11 +116,7 @@ impl Conversation {
             return Err(error);
         }
         self.owed = Some(id);
-        let answer = self.answer(id, deadline);
-        if !matches!(answer, Err(NoAnswer::Late)) {
-            self.owed = None;
-        }
-        answer
+        Ok(())
     }
 
     fn answer(&mut self, id: u64, deadline: Instant) -> Result<Answer, NoAnswer> {

@@ -13,6 +13,7 @@
 mod answer;
 mod conversation;
 mod gate;
+mod in_place;
 mod log;
 mod pump;
 mod runtime;
@@ -210,6 +211,17 @@ impl Supervisor {
         self.parts().1?.process()
     }
 
+    /// Called on the keeper's thread in a fork, right before the thaw: fills the runtime's generators in place, if it said
+    /// where they are. The answer says what was done; after a failure the runtime does it itself, and the ack waits.
+    pub fn before_thaw(&self) -> Option<&'static str> {
+        let runtime = self.kept().runtime.clone()?;
+        match runtime.fill_in_place() {
+            Ok(true) => Some("filled"),
+            Ok(false) => None,
+            Err(_) => Some("left-to-the-runtime"),
+        }
+    }
+
     /// Called on the keeper's thread right after the thaw (blocking; the fork's ack waits for it): in-process events,
     /// signals, hooks, restarts, start of the services that start in forks. `identity` is also in
     /// `AgentState::identity`; `AgentState::environment` is the fork's already.
@@ -275,7 +287,14 @@ impl Supervisor {
         let begun = Instant::now();
         let id = runtime.next_id();
         let request = identity_request(id, identity);
-        let report: Report = runtime.event("identity", &request, id, begun + runtime.spec.event_timeout)?;
+        let deadline = begun + runtime.spec.event_timeout;
+        let report: Report = match runtime.take_filled() {
+            Some(report) => {
+                runtime.announce("identity", &request, id, deadline)?;
+                report
+            }
+            None => runtime.event("identity", &request, id, deadline)?,
+        };
         steps.push(step("runtime".to_owned(), "told".to_owned(), begun));
         let entry = |(name, outcome)| Step { name: format!("runtime.{name}"), outcome, micros: 0 };
         steps.extend(report.into_iter().map(entry));

@@ -1,6 +1,7 @@
 //! The warmed runtime: its process, whose turn it is to talk with it, and what happens when it dies.
 
 use std::{
+    io,
     os::fd::OwnedFd,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
     thread,
@@ -13,6 +14,7 @@ use super::{
     answer::{Answer, push_object, push_string},
     conversation::{Conversation, NoAnswer},
     gate::Gate,
+    in_place::InPlace,
     log::Logs,
     pump::Pump,
     spec::{self, RUNTIME},
@@ -50,6 +52,10 @@ struct Turn {
     process: Option<Arc<Process>>,
     next_id: u64,
     log_start: u64,
+    /// What can be filled in a fork while it is frozen.
+    in_place: Option<InPlace>,
+    /// What was filled and is not reported yet.
+    filled: Option<Report>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,6 +89,8 @@ impl Runtime {
                 process: None,
                 next_id: 1,
                 log_start: 0,
+                in_place: None,
+                filled: None,
             }),
             changed: Condvar::new(),
             this: this.clone(),
@@ -152,15 +160,10 @@ impl Runtime {
 
     /// Sends an event and answers with the runtime's report.
     pub(crate) fn event(&self, name: &str, request: &str, id: u64, deadline: Instant) -> Result<Report, String> {
-        let mut conversation = match self.take_turn(deadline) {
-            Ok(conversation) => conversation,
-            Err(NoTurn::Dead(reason)) => return Err(reason),
-            Err(NoTurn::Late) => {
-                return Err("the runtime is busy with an evaluation; wait for it, or let it time out".into());
-            }
-        };
+        let mut conversation = self.turn_for_event(deadline)?;
         match conversation.ask(id, request, deadline) {
-            Ok(Answer::Done { report, .. }) => {
+            Ok(Answer::Done { report, in_place, .. }) => {
+                self.keep_in_place(&conversation, in_place);
                 self.give_back(conversation);
                 Ok(report)
             }
@@ -185,6 +188,55 @@ impl Runtime {
         }
     }
 
+    /// Sends an event whose answer nobody has to wait for: it comes before the next request, which is not sent without it.
+    pub(crate) fn announce(&self, name: &str, request: &str, id: u64, deadline: Instant) -> Result<(), String> {
+        let mut conversation = self.turn_for_event(deadline)?;
+        match conversation.announce(id, request, deadline) {
+            Ok(()) => {
+                self.give_back(conversation);
+                Ok(())
+            }
+            Err(NoAnswer::Died) => Err(self.died(conversation)),
+            Err(_) => {
+                self.give_back(conversation);
+                Err(format!("the runtime did not take the {name} event in time"))
+            }
+        }
+    }
+
+    fn turn_for_event(&self, deadline: Instant) -> Result<Conversation, String> {
+        self.take_turn(deadline).map_err(|error| match error {
+            NoTurn::Dead(reason) => reason,
+            NoTurn::Late => "the runtime is busy with an evaluation; wait for it, or let it time out".into(),
+        })
+    }
+
+    /// Notes what can be filled in this process' memory in a fork. Without it the fork's ack waits for the runtime.
+    fn keep_in_place(&self, conversation: &Conversation, said: Option<String>) {
+        let in_place = said.and_then(|said| match InPlace::open(conversation.process.pid(), &said) {
+            Ok(in_place) => Some(in_place),
+            Err(error) => {
+                self.logs.note(RUNTIME, &format!("what it says can be filled in place can not be: {error}"));
+                None
+            }
+        });
+        let mut turn = self.lock();
+        (turn.in_place, turn.filled) = (in_place, None);
+    }
+
+    /// Fills it; called while the runtime is frozen in a fork. False if there is nothing to fill.
+    pub(crate) fn fill_in_place(&self) -> io::Result<bool> {
+        let mut turn = self.lock();
+        let Some(in_place) = turn.in_place.take() else { return Ok(false) };
+        turn.filled = Some(in_place.fill()?);
+        Ok(true)
+    }
+
+    /// What was filled, once.
+    pub(crate) fn take_filled(&self) -> Option<Report> {
+        self.lock().filled.take()
+    }
+
     /// Its process.
     pub(crate) fn process(&self) -> Option<Arc<Process>> {
         self.lock().process.clone()
@@ -197,8 +249,9 @@ impl Runtime {
     }
 
     /// Why the runtime of this conversation is gone, with its last output.
-    pub(crate) fn died(&self, conversation: Conversation) -> String {
+    pub(crate) fn died(&self, mut conversation: Conversation) -> String {
         let life = conversation.life;
+        let refusal = conversation.refusal.take();
         // It may have hung up without ending.
         if conversation.process.wait_until(Instant::now() + LAST_WORDS).is_none() {
             let _ = conversation.process.kill_tree();
@@ -208,7 +261,10 @@ impl Runtime {
         let mut turn = self.lock();
         loop {
             match &turn.status {
-                Status::Dead(reason) if turn.life == life => return reason.clone(),
+                Status::Dead(reason) if turn.life == life => {
+                    let refused = |why| format!("the runtime was ended: it could not take on its identity: {why}");
+                    return refusal.map_or_else(|| reason.clone(), refused);
+                }
                 _ if turn.life != life => return "the runtime died and was started again".to_owned(),
                 _ => {}
             }

@@ -252,6 +252,74 @@ fn a_fork_has_its_own_environment_and_loses_the_one_before() {
 }
 
 #[test]
+fn a_frozen_runtimes_generators_are_filled_in_place_and_its_environment_is_there_before_the_event() {
+    let (host, supervisor) = warm_python(
+        "import os, random, numpy\nrandom.seed(1)\nnumpy.random.seed(1)\n\
+         generator, keeper = numpy.random.default_rng(1), numpy.random.RandomState(1)",
+    );
+    let draw = "[random.random(), numpy.random.random(), float(generator.random()), keeper.normal()]";
+    let mut draws = Vec::new();
+    for name in ["a", "b"] {
+        value(&supervisor, "[random.seed(1), numpy.random.seed(1), keeper.seed(1)] and None");
+        supervisor.prepare_quiesce(soon()).unwrap();
+        assert_eq!(supervisor.before_thaw(), Some("filled"));
+        let after = supervisor.after_thaw(&fork(&host, name, &[("COLOR", "red")]));
+        assert_eq!(after.failure, None);
+        let outcomes: Vec<_> = after.steps.iter().map(|step| (step.name.as_str(), step.outcome.as_str())).collect();
+        assert_eq!(outcomes[0], ("runtime", "told"));
+        assert!(outcomes.contains(&("runtime.environ", "set")), "{outcomes:?}");
+        assert_eq!(
+            value(&supervisor, "[os.environ['COLOR'], os.environ['OFFSHOOT_NAME']]"),
+            format!(r#"["red", "{name}"]"#)
+        );
+        draws.push(value(&supervisor, draw));
+    }
+    let fields = |draw: &String| draw.split(", ").map(ToOwned::to_owned).collect::<Vec<_>>();
+    for (a, b) in fields(&draws[0]).iter().zip(&fields(&draws[1])) {
+        assert_ne!(a, b);
+    }
+    // Filled once: without a new quiesce there is nothing to fill.
+    assert_eq!(supervisor.before_thaw(), None);
+}
+
+#[test]
+fn whoever_looks_at_the_environment_before_the_event_finds_the_forks() {
+    let files = std::env::temp_dir().join(format!("offshoot-identity-files-{}", std::process::id()));
+    let (_host, supervisor) = warm_python("import os, sys, threading, time");
+    let watch = format!(
+        "sys._getframe(1).f_globals['IDENTITY_FILES'] = {files:?}\nseen = []\ndef look():\n    \
+         while os.environ.get('OFFSHOOT_NAME') != 'early':\n        time.sleep(0.01)\n    \
+         seen.append([os.environ['COLOR'], type(os.environ._data).__name__, os.getenv('OFFSHOOT_ID')])\n\
+         os.environ['COLOR'] = 'template'\nlooker = threading.Thread(target=look, daemon=True)\nlooker.start()"
+    );
+    value(&supervisor, &watch);
+    supervisor.prepare_quiesce(soon()).unwrap();
+    std::fs::create_dir_all(files.join("env")).unwrap();
+    for (name, content) in [("env/COLOR", "red"), ("id", "x"), ("name", "early"), ("hostname", "h"), ("template", "t")]
+    {
+        std::fs::write(files.join(name), content).unwrap();
+    }
+    // There is no event: what the thread finds stands in the files.
+    supervisor.abandon_quiesce();
+    let seen = value(&supervisor, "looker.join(10)\nseen");
+    std::fs::remove_dir_all(&files).unwrap();
+    assert_eq!(seen, r#"[["red", "dict", "x"]]"#);
+}
+
+#[test]
+fn a_runtime_that_fails_an_identity_it_was_only_told_of_answers_nothing_more() {
+    let (host, supervisor) = warm_python("import random");
+    supervisor.prepare_quiesce(soon()).unwrap();
+    assert_eq!(supervisor.before_thaw(), Some("filled"));
+    // What is set by then makes the event fail.
+    let identity = fork(&host, "a", &[("A", "\u{0}")]);
+    assert_eq!(supervisor.after_thaw(&identity).failure, None);
+    let failure = error(&supervisor, "1", 0);
+    assert_eq!(failure.kind, "runtime-died");
+    assert!(failure.message.contains("its identity: ValueError: embedded null byte"), "{}", failure.message);
+}
+
+#[test]
 fn a_dying_runtime_says_its_last_words_and_comes_back_if_it_may() {
     let (_host, supervisor) = supervisor();
     let request =

@@ -224,6 +224,11 @@ async fn within<T>(
     Ok(reply?.into_inner())
 }
 
+/// How often the guest is asked for a sign of life while a channel is open, and how long it may take: a host that is
+/// overloaded answers late.
+const PING_EVERY: Duration = Duration::from_secs(15);
+const PING_LIMIT: Duration = Duration::from_secs(45);
+
 /// The first channel that no other process holds, with its lock.
 fn free_channel(dir: &Path) -> Result<Option<(usize, File)>, GuestError> {
     for number in 0..CONTROL_CHANNELS {
@@ -262,7 +267,11 @@ async fn http2(stream: Session, deadline: Instant, limit: Duration) -> Result<Ch
         let taken = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
         async move { taken.map(TokioIo::new).ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected)) }
     });
-    let endpoint = Endpoint::from_static("http://guest");
+    // Requests may take as long as they like; a guest that does not even answer a ping is not there any more.
+    let endpoint = Endpoint::from_static("http://guest")
+        .http2_keep_alive_interval(PING_EVERY)
+        .keep_alive_timeout(PING_LIMIT)
+        .keep_alive_while_idle(true);
     let left = deadline.saturating_duration_since(Instant::now());
     timeout(left, endpoint.connect_with_connector(connector))
         .await
