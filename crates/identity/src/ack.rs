@@ -9,8 +9,6 @@
 //! written as `%XX`. The key of a mailbox is [`AckKey::for_mailbox`]. A line is at most [`MAX_LINE`] bytes. It is
 //! parsed as fields and compared as fields: `mailbox=foobar` is no answer for `foo`.
 
-use std::fmt::Write as _;
-
 use thiserror::Error;
 
 use crate::{
@@ -92,18 +90,32 @@ impl Ack {
     /// Steps are kept, and the reason is cut, such that the line stays within [`MAX_LINE`].
     #[must_use]
     pub fn to_line(&self, key: &AckKey) -> String {
-        let mut line = format!("{PREFIX} stage={} mailbox={} fork={}", self.stage.as_str(), self.mailbox, self.fork);
-        for (index, step) in self.steps.iter().enumerate() {
-            let before = if index == 0 { " steps=" } else { "," };
-            let text = format!("{before}{}:{}:{}", encode(&step.name), encode(&step.outcome), step.micros);
-            if line.len() + text.len() > MAX_LINE - 1024 {
+        // Put together by hand: a fork's agent does this, where the code of formatting is cold.
+        let mut line = String::with_capacity(1024);
+        for text in
+            [PREFIX, " stage=", self.stage.as_str(), " mailbox=", self.mailbox.as_str(), " fork=", self.fork.as_str()]
+        {
+            line.push_str(text);
+        }
+        let mut before = " steps=";
+        for step in &self.steps {
+            let start = line.len();
+            line.push_str(before);
+            encode(&step.name, &mut line);
+            line.push(':');
+            encode(&step.outcome, &mut line);
+            line.push(':');
+            line.push_str(&step.micros.to_string());
+            if line.len() > MAX_LINE - 1024 {
+                line.truncate(start);
                 break;
             }
-            line.push_str(&text);
+            before = ",";
         }
         if let Some(reason) = &self.reason {
             let short: String = reason.chars().take(200).collect();
-            let mut text = encode(&short);
+            let mut text = String::new();
+            encode(&short, &mut text);
             text.truncate(text.len().min(900));
             // Do not leave half an escape at the end.
             if let Some(at) = text.rfind('%').filter(|&at| at + 3 > text.len()) {
@@ -112,9 +124,9 @@ impl Ack {
             line.push_str(" reason=");
             line.push_str(&text);
         }
-        let tag = hex(&key.sign(line.as_bytes()));
+        let tag = key.sign(line.as_bytes());
         line.push_str(" hmac=");
-        line.push_str(&tag);
+        tag.iter().for_each(|&byte| push_hex(byte, b"0123456789abcdef", &mut line));
         line
     }
 
@@ -186,16 +198,21 @@ fn is_plain(byte: u8) -> bool {
     byte.is_ascii_graphic() && !matches!(byte, b'=' | b'%' | b',' | b':')
 }
 
-fn encode(text: &str) -> String {
-    let mut encoded = String::with_capacity(text.len());
+fn encode(text: &str, into: &mut String) {
     for byte in text.bytes() {
         if is_plain(byte) {
-            encoded.push(char::from(byte));
+            into.push(char::from(byte));
         } else {
-            let _ = write!(encoded, "%{byte:02X}");
+            into.push('%');
+            push_hex(byte, b"0123456789ABCDEF", into);
         }
     }
-    encoded
+}
+
+fn push_hex(byte: u8, digits: &[u8; 16], into: &mut String) {
+    for digit in [byte >> 4, byte & 15] {
+        into.push(char::from(digits[usize::from(digit)]));
+    }
 }
 
 fn decode(text: &str) -> Option<String> {
@@ -214,13 +231,6 @@ fn decode(text: &str) -> Option<String> {
     }
     // A reason is cut at a byte, perhaps inside a character.
     Some(String::from_utf8_lossy(&bytes).into_owned())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 fn unhex(text: &str) -> Option<Vec<u8>> {

@@ -8,7 +8,7 @@ use super::{Parts, Prepared, identity_dir, kernel};
 use crate::state::{AgentState, Identity, Phase};
 
 /// What was done, in order.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Log {
     pub(super) steps: Vec<Step>,
 }
@@ -18,6 +18,11 @@ pub(super) struct Log {
 pub(super) struct Failed(pub(super) String);
 
 impl Log {
+    /// With room for all steps that are usual, so that it need not grow.
+    pub(super) fn new() -> Self {
+        Self { steps: Vec::with_capacity(32) }
+    }
+
     /// Runs one step and keeps what it did and how long it took.
     pub(super) fn step<E: Display>(
         &mut self,
@@ -79,12 +84,12 @@ fn take_on(
     let blanks = std::mem::take(&mut prepared.blanks);
     log.step("hostname", || -> io::Result<_> {
         rustix::system::sethostname(fork.hostname.as_str().as_bytes())?;
-        blanks.hostname(&parts.root, &format!("{}\n", fork.hostname))?;
-        blanks.hosts(&parts.root, &format!("{}127.0.1.1\t{}\n", prepared.hosts, fork.hostname))?;
+        blanks.hostname(&parts.root, &[fork.hostname.as_str(), "\n"].concat())?;
+        blanks.hosts(&parts.root, &[prepared.hosts.as_str(), "127.0.1.1\t", fork.hostname.as_str(), "\n"].concat())?;
         Ok("set".into())
     })?;
     log.step("machine-id", || -> io::Result<_> {
-        let line = format!("{}\n", fork.machine_id);
+        let line = [fork.machine_id.as_str(), "\n"].concat();
         blanks.machine_id(&parts.root, &line)?;
         if prepared.dbus_machine_id {
             parts.root.write(DBUS_MACHINE_ID, 0o444, line.as_bytes())?;
@@ -97,7 +102,7 @@ fn take_on(
     log.step("identity-dir", || -> io::Result<_> {
         let entries = identity_dir::plan(document);
         prepared.written = parts.identity.write(&prepared.written, &entries, blanks.identity())?;
-        Ok(format!("{}-files", entries.len()).into())
+        Ok(counted(entries.len(), "-files"))
     })?;
     if !document.files.is_empty() {
         log.step("files", || -> io::Result<_> {
@@ -107,7 +112,7 @@ fn take_on(
                     .write(&file.path, file.mode, file.content.expose())
                     .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", file.path)))?;
             }
-            Ok(format!("{}-files", document.files.len()).into())
+            Ok(counted(document.files.len(), "-files"))
         })?;
     }
     if !prepared.host_keys.is_empty() {
@@ -122,8 +127,14 @@ fn take_on(
     prepared.filled = blanks;
     log.step("environment", || -> Result<_, io::Error> {
         state.set_identity(Arc::new(Identity::of(document)));
-        Ok(format!("{}-variables", document.env.len()).into())
+        Ok(counted(document.env.len(), "-variables"))
     })
+}
+
+/// An outcome with a number. (Text is put together, not formatted, on a fork's way to its ack: the formatting's code
+/// would be translated for it.)
+fn counted(count: usize, what: &str) -> Cow<'static, str> {
+    [count.to_string().as_str(), what].concat().into()
 }
 
 pub(super) const DBUS_MACHINE_ID: &str = "/var/lib/dbus/machine-id";
@@ -154,7 +165,7 @@ mod tests {
 
     #[test]
     fn a_failed_step_is_in_the_log_and_named() {
-        let mut log = Log::default();
+        let mut log = Log::new();
         assert!(log.step("clock", || Ok::<_, io::Error>("set".into())).is_ok());
         let failed = log.step("entropy", || Err(io::Error::from(io::ErrorKind::PermissionDenied)));
         assert_eq!(failed.err().map(|f| f.0), Some("entropy: permission denied".to_owned()));

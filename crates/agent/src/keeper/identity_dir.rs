@@ -63,9 +63,10 @@ pub fn plan(document: &Document) -> Vec<Entry> {
         public("boot-id", &fork.boot_id),
         public("labels.json", &labels),
     ];
-    let env = document.env.iter().map(|(name, value)| public(&format!("env/{name}"), value));
+    let env = document.env.iter().map(|(name, value)| public(&["env/", name.as_str()].concat(), value));
     entries.extend(env);
-    let secrets = document.secrets.iter().map(|(name, value)| entry(format!("secrets/{name}"), 0o400, value.expose()));
+    let secrets =
+        document.secrets.iter().map(|(name, value)| entry(["secrets/", name.as_str()].concat(), 0o400, value.expose()));
     entries.extend(secrets);
     entries.push(public("identity.json", &identity_json(document, &labels)));
     entries

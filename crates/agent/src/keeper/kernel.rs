@@ -93,7 +93,7 @@ impl Kernel {
     /// # Errors
     /// What the kernel says.
     pub fn set_boot_id(&self, id: &str) -> io::Result<Cow<'static, str>> {
-        let line = format!("{id}\n");
+        let line = [id, "\n"].concat();
         if rustix::io::pwrite(&self.boot_id, line.as_bytes(), 0)? != line.len() {
             return Err(io::ErrorKind::WriteZero.into());
         }

@@ -139,7 +139,7 @@ fn answer(state: &Arc<AgentState>, parts: &Parts) {
     };
     // What the host sent to others is out of the pages before anything is applied.
     let others = state.keeper().mailboxes().take();
-    let mut log = Log::default();
+    let mut log = Log::new();
     let mut document = None;
     let result = apply(state, parts, payload, started, &mut log, &mut document);
     let fork = document.as_ref().map(|document: &Document| document.fork.id.clone());

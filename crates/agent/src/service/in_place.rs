@@ -26,7 +26,9 @@ pub(crate) struct InPlace {
     /// Addresses and lengths.
     places: Vec<(u64, usize)>,
     random: Zeroizing<Vec<u8>>,
-    pub(crate) report: Report,
+    /// Absent once it was given: this is for one identity.
+    report: Option<Report>,
+    filled: bool,
 }
 
 impl InPlace {
@@ -55,14 +57,17 @@ impl InPlace {
                 _ => return Err("it names memory that is not there".to_owned()),
             }
         }
-        Ok(Self { memory, places: said.memory, random, report })
+        Ok(Self { memory, places: said.memory, random, report: Some(report), filled: false })
     }
 
-    /// Fills all of it.
+    /// Fills all of it; false if that was for an earlier identity.
     ///
     /// # Errors
     /// What the kernel says; some of it may be filled.
-    pub(crate) fn fill(mut self) -> io::Result<Report> {
+    pub(crate) fn fill(&mut self) -> io::Result<bool> {
+        if self.report.is_none() {
+            return Ok(false);
+        }
         let mut filled = 0;
         while filled < self.random.len() {
             filled += getrandom(&mut self.random[filled..], GetRandomFlags::empty())?;
@@ -75,6 +80,12 @@ impl InPlace {
             }
             rest = after;
         }
-        Ok(self.report)
+        self.filled = true;
+        Ok(true)
+    }
+
+    /// What may be reported, once, if it was filled.
+    pub(crate) fn take_report(&mut self) -> Option<Report> {
+        self.filled.then(|| self.report.take())?
     }
 }

@@ -296,7 +296,8 @@ impl Supervisor {
             None => runtime.event("identity", &request, id, deadline)?,
         };
         steps.push(step("runtime".to_owned(), "told".to_owned(), begun));
-        let entry = |(name, outcome)| Step { name: format!("runtime.{name}"), outcome, micros: 0 };
+        let entry =
+            |(name, outcome): (String, String)| Step { name: ["runtime.", name.as_str()].concat(), outcome, micros: 0 };
         steps.extend(report.into_iter().map(entry));
         Ok(())
     }

@@ -49,13 +49,13 @@ struct Turn {
     life: u64,
     /// Absent while somebody talks with the runtime, and while there is none.
     conversation: Option<Conversation>,
+    /// How many wait for it.
+    waiting: usize,
     process: Option<Arc<Process>>,
     next_id: u64,
     log_start: u64,
     /// What can be filled in a fork while it is frozen.
     in_place: Option<InPlace>,
-    /// What was filled and is not reported yet.
-    filled: Option<Report>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -86,11 +86,11 @@ impl Runtime {
                 status: Status::Starting,
                 life: 0,
                 conversation: None,
+                waiting: 0,
                 process: None,
                 next_id: 1,
                 log_start: 0,
                 in_place: None,
-                filled: None,
             }),
             changed: Condvar::new(),
             this: this.clone(),
@@ -139,7 +139,9 @@ impl Runtime {
                 return Ok(conversation);
             }
             let left = deadline.checked_duration_since(Instant::now()).ok_or(NoTurn::Late)?;
+            turn.waiting += 1;
             turn = self.changed.wait_timeout(turn, left).unwrap_or_else(PoisonError::into_inner).0;
+            turn.waiting -= 1;
         }
     }
 
@@ -148,7 +150,9 @@ impl Runtime {
         let mut turn = self.lock();
         if turn.life == conversation.life && turn.status == Status::Ready {
             turn.conversation = Some(conversation);
-            self.changed.notify_one();
+            if turn.waiting > 0 {
+                self.changed.notify_one();
+            }
         }
     }
 
@@ -220,21 +224,17 @@ impl Runtime {
                 None
             }
         });
-        let mut turn = self.lock();
-        (turn.in_place, turn.filled) = (in_place, None);
+        self.lock().in_place = in_place;
     }
 
     /// Fills it; called while the runtime is frozen in a fork. False if there is nothing to fill.
     pub(crate) fn fill_in_place(&self) -> io::Result<bool> {
-        let mut turn = self.lock();
-        let Some(in_place) = turn.in_place.take() else { return Ok(false) };
-        turn.filled = Some(in_place.fill()?);
-        Ok(true)
+        self.lock().in_place.as_mut().map_or(Ok(false), InPlace::fill)
     }
 
-    /// What was filled, once.
+    /// What was filled, once. (What it takes stays open until the next capture: closing takes longer than filling.)
     pub(crate) fn take_filled(&self) -> Option<Report> {
-        self.lock().filled.take()
+        self.lock().in_place.as_mut()?.take_report()
     }
 
     /// Its process.
@@ -381,7 +381,7 @@ pub(crate) fn quiesce_request(id: u64) -> String {
 pub(crate) fn identity_request(id: u64, identity: &Identity) -> String {
     let fork = &identity.fork;
     let values = [fork.id.as_str(), fork.name.as_str(), fork.hostname.as_str(), fork.template.as_str()];
-    let mut line = format!(r#"{{"type":"identity","id":{id},"fork":"#);
+    let mut line = [r#"{"type":"identity","id":"#, &id.to_string(), r#","fork":"#].concat();
     push_object(&mut line, ["id", "name", "hostname", "template"].into_iter().zip(values));
     line.push_str(r#","env":"#);
     let given = identity.env.iter().map(|(name, value)| (name.as_str(), value.as_str()));
