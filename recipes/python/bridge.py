@@ -4,8 +4,9 @@ The agent speaks with it in lines of JSON over standard input and output; docs/r
 takes both for itself: user code finds an empty standard input, and what it prints is part of the answer while it
 runs, and goes to the log of the runtime otherwise.
 
-Everything that happens at the `identity` event is on the critical path of a fork. The work is done before, at
-`quiesce`: that finds every generator, and rehearses the event. The event itself imports nothing and searches nothing.
+What happens at the `identity` event may be on the critical path of a fork. The work is done before, at `quiesce`: that
+finds every generator, and rehearses the event. The event itself imports nothing and searches nothing. Where it has only
+generators to refresh whose memory is known, the agent does so while this process is frozen.
 """
 
 import ast
