@@ -8,7 +8,6 @@ use std::{
     io::{self, BufReader, BufWriter, Write},
     path::{Path, PathBuf},
     process::ExitCode,
-    time::SystemTime,
 };
 
 /// Runs a tool; what goes wrong is said on stderr.
@@ -97,8 +96,6 @@ fn facts() -> io::Result<()> {
     let mut bytes = [0; 16];
     getrandom::fill(&mut bytes).map_err(|error| io::Error::other(error.to_string()))?;
     facts.insert("getrandom", Some(format!("{:032x}", u128::from_be_bytes(bytes))));
-    let wall = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    facts.insert("wall_clock_ns", Some(wall.as_nanos().to_string()));
     let present: BTreeMap<&str, String> = facts.into_iter().filter_map(|(name, fact)| Some((name, fact?))).collect();
     let mut out = io::stdout().lock();
     serde_json::to_writer(&mut out, &present)?;

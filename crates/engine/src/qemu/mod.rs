@@ -12,10 +12,13 @@ mod tsc;
 
 use std::{
     fmt::Write as _,
-    fs::{File, OpenOptions},
+    fs::{self, File, OpenOptions},
     os::{
         fd::{AsFd, RawFd},
-        unix::{fs::OpenOptionsExt, net::UnixStream},
+        unix::{
+            fs::{MetadataExt, OpenOptionsExt},
+            net::UnixStream,
+        },
     },
     path::{Path, PathBuf},
     process::Command,
@@ -80,6 +83,20 @@ impl QemuEngine {
         Ok(Self {
             program,
             info: EngineInfo { name: EngineName::Qemu, version, accel },
+            read_only_template: number >= (8, 2),
+        })
+    }
+
+    /// The engine as `info` describes it, if its program has not been changed since `when` (milliseconds since the epoch).
+    #[must_use]
+    pub fn unchanged_since(when: u64, info: &EngineInfo) -> Option<Self> {
+        let program = find_in_path(PROGRAM)?;
+        // The time of the last change of the inode: a package's files keep the modification time they were packed with.
+        let changed = fs::metadata(&program).ok()?.ctime();
+        let (_, number) = parse_version(&format!("version {}", info.version))?;
+        (u64::try_from(changed).ok()?.saturating_add(1).saturating_mul(1000) < when).then(|| Self {
+            program,
+            info: info.clone(),
             read_only_template: number >= (8, 2),
         })
     }
@@ -298,6 +315,14 @@ fn parse_version(text: &str) -> Option<(String, (u32, u32))> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_program_that_was_changed_later_is_asked_again() {
+        let info = EngineInfo { name: EngineName::Qemu, version: "7.2.22".into(), accel: Accel::Tcg };
+        assert!(QemuEngine::unchanged_since(u64::MAX, &info).is_some_and(|engine| !engine.read_only_template));
+        assert!(QemuEngine::unchanged_since(1000, &info).is_none());
+        assert!(QemuEngine::unchanged_since(u64::MAX, &EngineInfo { version: "x".into(), ..info }).is_none());
+    }
 
     #[test]
     fn versions_are_parsed_as_numbers() {
