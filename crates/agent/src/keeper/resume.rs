@@ -141,7 +141,8 @@ fn answer(state: &Arc<AgentState>, parts: &Parts) {
     let others = state.keeper().mailboxes().take();
     let mut log = Log::new();
     let mut document = None;
-    let result = apply(state, parts, payload, started, &mut log, &mut document);
+    let mut announce = false;
+    let result = apply(state, parts, payload, started, &mut log, &mut document, &mut announce);
     let fork = document.as_ref().map(|document: &Document| document.fork.id.clone());
     let ack = Ack {
         stage: if result.is_ok() { Stage::Applied } else { Stage::Failed },
@@ -155,6 +156,9 @@ fn answer(state: &Arc<AgentState>, parts: &Parts) {
         console::warn(&format!("the identity was not applied: {reason}"));
     }
     send(parts, &ack, &key);
+    if announce && let Some(identity) = state.identity() {
+        state.supervisor().after_ack(&identity);
+    }
     if let Some(tick) = &parts.tick {
         tick.release();
     }
@@ -175,6 +179,7 @@ fn apply(
     started: Instant,
     log: &mut Log,
     kept: &mut Option<Document>,
+    announce: &mut bool,
 ) -> Result<(), Failed> {
     let document = Document::from_bytes(payload.expose()).map_err(|error| Failed(format!("document: {error}")))?;
     drop(payload);
@@ -195,6 +200,7 @@ fn apply(
         _ => state.supervisor().after_continue(),
     };
     log.steps.extend(after.steps);
+    *announce = after.announce;
     after.failure.map_or(Ok(()), |reason| Err(Failed(reason)))
 }
 

@@ -94,6 +94,8 @@ pub struct AfterThaw {
     pub steps: Vec<Step>,
     /// Set if the fork must not be used: the reason.
     pub failure: Option<String>,
+    /// Whether the runtime is still to be told, by [`Supervisor::after_ack`].
+    pub announce: bool,
 }
 
 impl Supervisor {
@@ -229,10 +231,25 @@ impl Supervisor {
         self.logs.forget_template();
         self.gate.new_identity();
         let mut after = AfterThaw::default();
-        let result = self.tell(Some(identity), &mut after.steps);
+        let result = self.tell(Some(identity), &mut after);
         after.failure = result.err();
-        self.gate.open();
+        if after.failure.is_some() || !after.announce {
+            self.gate.open();
+        }
         after
+    }
+
+    /// Called on the keeper's thread once the ack is out, if [`AfterThaw::announce`] says so: tells the runtime who it is, before
+    /// any request can. It is itself by then; if it can not be told, it is ended.
+    pub fn after_ack(&self, identity: &Identity) {
+        if let Some(runtime) = self.kept().runtime.clone() {
+            let id = runtime.next_id();
+            let deadline = Instant::now() + runtime.spec.event_timeout;
+            if let Err(error) = runtime.announce("identity", &identity_request(id, identity), id, deadline) {
+                runtime.end(&error);
+            }
+        }
+        self.gate.open();
     }
 
     /// Called instead of [`Self::after_thaw`] when a branch's source goes on with the identity it has.
@@ -240,18 +257,21 @@ impl Supervisor {
         let mut after = AfterThaw::default();
         let result = match self.world.identity() {
             // Its randomness is refreshed all the same: there may be two of it now.
-            Some(identity) => self.tell_runtime(&identity, &mut after.steps),
+            Some(identity) => self.tell_runtime(&identity, &mut after),
             None => Ok(()),
         };
         after.failure = result.err();
-        self.gate.open();
+        if after.failure.is_some() || !after.announce {
+            self.gate.open();
+        }
         after
     }
 
-    fn tell(&self, identity: Option<&Identity>, steps: &mut Vec<Step>) -> Result<(), String> {
+    fn tell(&self, identity: Option<&Identity>, after: &mut AfterThaw) -> Result<(), String> {
         if let Some(identity) = identity {
-            self.tell_runtime(identity, steps)?;
+            self.tell_runtime(identity, after)?;
         }
+        let steps = &mut after.steps;
         let (units, _) = self.parts();
         for unit in &units {
             let begun = Instant::now();
@@ -282,23 +302,25 @@ impl Supervisor {
         Ok(())
     }
 
-    fn tell_runtime(&self, identity: &Identity, steps: &mut Vec<Step>) -> Result<(), String> {
+    fn tell_runtime(&self, identity: &Identity, after: &mut AfterThaw) -> Result<(), String> {
         let Some(runtime) = self.kept().runtime.clone() else { return Ok(()) };
         let begun = Instant::now();
-        let id = runtime.next_id();
-        let request = identity_request(id, identity);
-        let deadline = begun + runtime.spec.event_timeout;
         let report: Report = match runtime.take_filled() {
             Some(report) => {
-                runtime.announce("identity", &request, id, deadline)?;
+                after.announce = true;
                 report
             }
-            None => runtime.event("identity", &request, id, deadline)?,
+            None => {
+                let id = runtime.next_id();
+                let deadline = begun + runtime.spec.event_timeout;
+                let report = runtime.event("identity", &identity_request(id, identity), id, deadline)?;
+                after.steps.push(step("runtime".to_owned(), "told".to_owned(), begun));
+                report
+            }
         };
-        steps.push(step("runtime".to_owned(), "told".to_owned(), begun));
         let entry =
             |(name, outcome): (String, String)| Step { name: ["runtime.", name.as_str()].concat(), outcome, micros: 0 };
-        steps.extend(report.into_iter().map(entry));
+        after.steps.extend(report.into_iter().map(entry));
         Ok(())
     }
 

@@ -208,6 +208,14 @@ impl Runtime {
         }
     }
 
+    /// Ends a runtime that must not answer any more.
+    pub(crate) fn end(&self, reason: &str) {
+        self.logs.note(RUNTIME, &format!("ended: {reason}"));
+        if let Some(process) = self.process() {
+            let _ = process.kill_tree();
+        }
+    }
+
     fn turn_for_event(&self, deadline: Instant) -> Result<Conversation, String> {
         self.take_turn(deadline).map_err(|error| match error {
             NoTurn::Dead(reason) => reason,

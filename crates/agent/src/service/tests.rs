@@ -263,10 +263,13 @@ fn a_frozen_runtimes_generators_are_filled_in_place_and_its_environment_is_there
         value(&supervisor, "[random.seed(1), numpy.random.seed(1), keeper.seed(1)] and None");
         supervisor.prepare_quiesce(soon()).unwrap();
         assert_eq!(supervisor.before_thaw(), Some("filled"));
-        let after = supervisor.after_thaw(&fork(&host, name, &[("COLOR", "red")]));
-        assert_eq!(after.failure, None);
+        let identity = fork(&host, name, &[("COLOR", "red")]);
+        let after = supervisor.after_thaw(&identity);
+        assert_eq!((after.failure, after.announce), (None, true));
+        let early = error(&supervisor, "1", 100);
+        assert_eq!(early.kind, "timeout", "no request comes before it is told");
+        supervisor.after_ack(&identity);
         let outcomes: Vec<_> = after.steps.iter().map(|step| (step.name.as_str(), step.outcome.as_str())).collect();
-        assert_eq!(outcomes[0], ("runtime", "told"));
         assert!(outcomes.contains(&("runtime.environ", "set")), "{outcomes:?}");
         assert_eq!(
             value(&supervisor, "[os.environ['COLOR'], os.environ['OFFSHOOT_NAME']]"),
@@ -314,6 +317,7 @@ fn a_runtime_that_fails_an_identity_it_was_only_told_of_answers_nothing_more() {
     // What is set by then makes the event fail.
     let identity = fork(&host, "a", &[("A", "\u{0}")]);
     assert_eq!(supervisor.after_thaw(&identity).failure, None);
+    supervisor.after_ack(&identity);
     let failure = error(&supervisor, "1", 0);
     assert_eq!(failure.kind, "runtime-died");
     assert!(failure.message.contains("its identity: ValueError: embedded null byte"), "{}", failure.message);
