@@ -249,3 +249,35 @@ fn i5_payloads_are_in_no_record() {
     assert!(bench.sh(&fork, "cat /tmp/plant-honest").contains("pay10ad"), "it was delivered");
     bench.end();
 }
+
+/// Builds a template with this many programs that each plant a mailbox by themselves.
+fn build_with_planted(bench: &Bench, count: usize) -> Run {
+    let dir = tempfile::tempdir().unwrap();
+    let plant = offshoot_tests::programs::source().join("tests/recipes/mailboxes/plant.c");
+    offshoot_tests::recipes::compile(&plant, &dir.path().join("plant"));
+    let script = format!(
+        "for i in $(seq {count}); do /usr/bin/plant self m$i t > /tmp/p$i & done; \
+         until [ $(cat /tmp/p* | grep -c planted) -eq {count} ]; do sleep 0.1; done; echo all; wait"
+    );
+    let recipe = format!(
+        "name = \"many\"\nmemory = \"128M\"\n[rootfs]\nkind = \"busybox\"\n\
+         [[files]]\npath = \"/usr/bin/plant\"\nsource = \"plant\"\nmode = 0o755\n\
+         [[services]]\nname = \"many\"\ncommand = [\"/bin/sh\", \"-c\", \"{script}\"]\nready_line = \"all\"\n"
+    );
+    std::fs::write(dir.path().join("recipe.toml"), recipe).unwrap();
+    bench.offshoot(&["build", dir.path().to_str().unwrap(), "--tag", "many"])
+}
+
+#[test]
+fn i4_sixteen_planted_mailboxes_are_possible_and_seventeen_are_not() {
+    let bench = Bench::with_own_data();
+    let error = build_with_planted(&bench, 17).exits(1).refused("mailboxes_unusable").to_string();
+    assert!(error.contains("17 mailboxes") && error.contains("at most 16"), "{error}");
+    let _ = build_with_planted(&bench, 16).ok();
+    let listed = bench.offshoot(&["mailboxes", "many"]).ok().json();
+    let planted =
+        listed["mailboxes"].as_array().unwrap().iter().filter(|mailbox| mailbox["planted_by"] == "self").count();
+    assert_eq!(planted, 16, "{listed}");
+    let _ = bench.offshoot(&["rmi", "many"]).ok();
+    bench.end();
+}

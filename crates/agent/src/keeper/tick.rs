@@ -2,7 +2,7 @@
 //!
 //! A fork goes on where its template was captured, and soon after that the timer interrupts: four times what it would
 //! need, because under emulation the handler has to be translated first, once for interrupted user code and once for
-//! interrupted kernel code, and what it starts has to be too (measured: a third of all code on the way to the ack). So
+//! interrupted kernel code, and what it starts has to be too (measured: a quarter of all code on the way to the ack). So
 //! while the keeper waits it pushes the timer of its CPU away, and when it has answered it lets it fire. To the kernel
 //! that is a machine that stood still for a moment, as every virtual machine does.
 //!
