@@ -4,14 +4,17 @@
 
 use identity::{
     AckKey, MailboxName,
-    mailbox::{Header, PAGE_SIZE, Page, State, arm, fill, offset, take},
+    mailbox::{Header, PAGE_SIZE, PAYLOAD_PER_PAGE, Page, State, arm, fill, offset, take},
 };
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: (u16, Vec<u8>, Vec<(u8, u16, u8)>)| {
     let (spare, payload, changes) = input;
     let capacity = payload.len() + usize::from(spare);
-    let Ok(mut pages) = arm(&MailboxName::identity(), b"token", [7; 16], capacity, true) else { return };
+    let mut pages = vec![[0; PAGE_SIZE]; capacity.div_ceil(PAYLOAD_PER_PAGE)];
+    if arm(&mut pages, &MailboxName::identity(), b"token", [7; 16], capacity, true).is_err() {
+        return;
+    }
     let header = Header::parse(&pages[0]).expect("armed");
     for part in fill(&header, &payload, &AckKey::new([9; 32])).expect("it fits") {
         let page = &mut pages[part.page_index];
@@ -23,7 +26,7 @@ fuzz_target!(|input: (u16, Vec<u8>, Vec<(u8, u16, u8)>)| {
     for &(page, place, value) in &changes {
         pages[usize::from(page) % count][at(place)] = value;
     }
-    let pages: Vec<&Page> = pages.iter().map(AsRef::as_ref).collect();
+    let pages: Vec<&Page> = pages.iter().collect();
     if let Ok(Some((taken, _))) = take(&pages) {
         assert!(taken.expose().len() <= capacity);
         if changes.len() < 2 && changes.iter().all(|&(_, place, _)| at(place) >= offset::PAYLOAD) {

@@ -19,6 +19,13 @@ pub fn kept() -> PathBuf {
     path
 }
 
+/// Kernels and root images: the place that `offshoot` takes for root, who runs these tests.
+#[must_use]
+pub fn cache() -> PathBuf {
+    let set = env::var_os("OFFSHOOT_CACHE_DIR").filter(|value| !value.is_empty());
+    set.map_or_else(|| PathBuf::from("/var/cache/offshoot"), PathBuf::from)
+}
+
 /// `offshoot`, built with the feature `fault-points`.
 #[must_use]
 pub fn offshoot() -> PathBuf {

@@ -218,12 +218,8 @@ fn f5_an_archive_that_fills_the_disk_is_a_typed_error_and_nothing_stays() {
     let (bench, dir) = (Bench::with_own_data(), tempfile::tempdir().unwrap());
     // The shelf of root images, without touching the one that other tests use.
     let _ = bench.template(Kind::Busybox);
-    let cache = std::env::var_os("OFFSHOOT_CACHE_DIR").map_or_else(
-        || PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache/offshoot"),
-        PathBuf::from,
-    );
-    let shelf = cache.join("rootfs");
-    assert!(shelf.is_dir(), "{} is the cache", shelf.display());
+    let shelf = programs::cache().join("rootfs");
+    assert!(shelf.is_dir(), "{} is not the cache", shelf.display());
     let plain = dir.path().join("bomb.tar");
     let mut builder = Builder::new(File::create(&plain).unwrap());
     let zeros = vec![0; 48 << 20];

@@ -180,30 +180,35 @@ pub fn has_magic(page: &[u8]) -> bool {
     page.starts_with(&MAGIC)
 }
 
-/// The pages of a mailbox, armed.
+/// Makes `pages` an armed mailbox, in place: a copy of a page elsewhere in the guest's memory would be found too.
 ///
 /// # Errors
-/// [`MailboxError::Field`] if the capacity, the token or the nonce breaks its rule.
+/// [`MailboxError::Field`] if the capacity, the token or the nonce breaks its rule, or the capacity needs another number of
+/// pages; nothing is written then.
 pub fn arm(
+    pages: &mut [Page],
     name: &MailboxName,
     token: &[u8],
     nonce: Nonce,
     capacity: usize,
     by_agent: bool,
-) -> Result<Vec<Box<Page>>, MailboxError> {
-    let page_count = capacity.div_ceil(PAYLOAD_PER_PAGE);
-    let header = Header {
+) -> Result<(), MailboxError> {
+    let mut header = Header {
         name: name.clone(),
         token: token.to_vec(),
         nonce,
         page_index: 0,
-        page_count,
+        page_count: pages.len(),
         capacity,
         by_agent,
         state: State::Armed,
     };
     header.check()?;
-    Ok((0..page_count).map(|page_index| Header { page_index, ..header.clone() }.to_page()).collect())
+    for (page_index, page) in pages.iter_mut().enumerate() {
+        header.page_index = page_index;
+        header.write_to(page);
+    }
+    Ok(())
 }
 
 impl Header {
@@ -279,23 +284,22 @@ impl Header {
     }
 
     #[allow(clippy::cast_possible_truncation)] // Every number was checked against its small limit.
-    fn to_page(&self) -> Box<Page> {
-        let mut page = Box::new([0; PAGE_SIZE]);
-        write(&mut page, 0, &MAGIC);
-        write(&mut page, offset::VERSION, &VERSION.to_le_bytes());
-        write(&mut page, offset::FLAGS, &(if self.by_agent { FLAG_AGENT } else { 0 }).to_le_bytes());
-        write(&mut page, offset::STATE, &self.state.to_bytes());
-        write(&mut page, offset::NONCE, &self.nonce);
-        write(&mut page, offset::PAGE_INDEX, &(self.page_index as u32).to_le_bytes());
-        write(&mut page, offset::PAGE_COUNT, &(self.page_count as u32).to_le_bytes());
-        write(&mut page, offset::CAPACITY, &(self.capacity as u32).to_le_bytes());
+    fn write_to(&self, page: &mut Page) {
+        page.fill(0);
+        write(page, 0, &MAGIC);
+        write(page, offset::VERSION, &VERSION.to_le_bytes());
+        write(page, offset::FLAGS, &(if self.by_agent { FLAG_AGENT } else { 0 }).to_le_bytes());
+        write(page, offset::STATE, &self.state.to_bytes());
+        write(page, offset::NONCE, &self.nonce);
+        write(page, offset::PAGE_INDEX, &(self.page_index as u32).to_le_bytes());
+        write(page, offset::PAGE_COUNT, &(self.page_count as u32).to_le_bytes());
+        write(page, offset::CAPACITY, &(self.capacity as u32).to_le_bytes());
         page[offset::NAME_LEN] = self.name.as_str().len() as u8;
         page[offset::TOKEN_LEN] = self.token.len() as u8;
-        write(&mut page, offset::NAME, self.name.as_str().as_bytes());
-        write(&mut page, offset::TOKEN, &self.token);
-        let crc = header_crc(&page);
-        write(&mut page, offset::HEADER_CRC, &crc.to_le_bytes());
-        page
+        write(page, offset::NAME, self.name.as_str().as_bytes());
+        write(page, offset::TOKEN, &self.token);
+        let crc = header_crc(page);
+        write(page, offset::HEADER_CRC, &crc.to_le_bytes());
     }
 }
 

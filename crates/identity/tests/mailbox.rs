@@ -6,8 +6,8 @@ use std::ops::Range;
 use offshoot_identity::{
     AckKey, MailboxName,
     mailbox::{
-        Header, MAX_CAPACITY, MAX_PAGES, MAX_TOKEN, MailboxError, PAYLOAD_PER_PAGE, Page, State, arm, fill, offset,
-        take, wipe,
+        self, Header, MAX_CAPACITY, MAX_PAGES, MAX_TOKEN, MailboxError, PAGE_SIZE, PAYLOAD_PER_PAGE, Page, State, fill,
+        offset, take, wipe,
     },
 };
 use proptest::prelude::*;
@@ -18,12 +18,25 @@ fn name(text: &str) -> MailboxName {
     MailboxName::parse(text).unwrap()
 }
 
-fn armed(capacity: usize) -> Vec<Box<Page>> {
+/// As many pages as the capacity needs, armed; they held something else before.
+fn arm(
+    name: &MailboxName,
+    token: &[u8],
+    nonce: [u8; 16],
+    capacity: usize,
+    by_agent: bool,
+) -> Result<Vec<Page>, MailboxError> {
+    let mut pages = vec![[0xa5; PAGE_SIZE]; capacity.div_ceil(PAYLOAD_PER_PAGE)];
+    mailbox::arm(&mut pages, name, token, nonce, capacity, by_agent)?;
+    Ok(pages)
+}
+
+fn armed(capacity: usize) -> Vec<Page> {
     arm(&name("app:config"), b"abc", [7; 16], capacity, false).unwrap()
 }
 
 /// Every write of the host, in its order: page, place, bytes.
-fn writes(pages: &[Box<Page>], payload: &[u8]) -> Vec<(usize, usize, Vec<u8>)> {
+fn writes(pages: &[Page], payload: &[u8]) -> Vec<(usize, usize, Vec<u8>)> {
     let header = Header::parse(&pages[0]).unwrap();
     let parts = fill(&header, payload, &AckKey::new(KEY)).unwrap();
     let mut writes: Vec<_> =
@@ -32,14 +45,14 @@ fn writes(pages: &[Box<Page>], payload: &[u8]) -> Vec<(usize, usize, Vec<u8>)> {
     writes
 }
 
-fn apply(pages: &mut [Box<Page>], writes: &[(usize, usize, Vec<u8>)]) {
+fn apply(pages: &mut [Page], writes: &[(usize, usize, Vec<u8>)]) {
     for (index, at, bytes) in writes {
         pages[*index][*at..*at + bytes.len()].copy_from_slice(bytes);
     }
 }
 
-fn read(pages: &[Box<Page>]) -> Result<Option<Vec<u8>>, MailboxError> {
-    let pages: Vec<&Page> = pages.iter().map(AsRef::as_ref).collect();
+fn read(pages: &[Page]) -> Result<Option<Vec<u8>>, MailboxError> {
+    let pages: Vec<&Page> = pages.iter().collect();
     Ok(take(&pages)?.map(|(payload, key)| {
         assert_eq!(key.expose(), &KEY);
         payload.expose().to_vec()
@@ -123,6 +136,12 @@ fn limits_hold_at_their_edges() {
     assert!(arm(b"", [1; 16], MAX_CAPACITY + 1).is_err());
     assert!(arm(&[1; MAX_TOKEN + 1], [1; 16], 1).is_err());
     assert!(arm(b"", [0; 16], 1).is_err());
+    let mut pages = [[0xa5; PAGE_SIZE]; 2];
+    for capacity in [PAYLOAD_PER_PAGE, 2 * PAYLOAD_PER_PAGE + 1] {
+        let error = mailbox::arm(&mut pages, &name("app"), b"", [1; 16], capacity, false);
+        assert_eq!(error, Err(MailboxError::Field("page count or index")));
+    }
+    assert_eq!(pages, [[0xa5; PAGE_SIZE]; 2], "what is refused is not written in part");
     let header = Header::parse(&armed(10)[0]).unwrap();
     assert!(fill(&header, &[0; 10], &AckKey::new(KEY)).is_ok());
     assert!(matches!(
@@ -177,7 +196,7 @@ proptest! {
     fn no_page_makes_the_parser_panic(bytes in prop::collection::vec(any::<u8>(), 4096), magic in any::<bool>()) {
         let mut page: Page = bytes.try_into().unwrap();
         if magic {
-            page[..16].copy_from_slice(&offshoot_identity::mailbox::MAGIC);
+            page[..16].copy_from_slice(&mailbox::MAGIC);
         }
         let _ = Header::parse(&page);
         let _ = take(&[&page]);

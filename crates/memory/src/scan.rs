@@ -243,7 +243,7 @@ fn for_each_marker(file: &File, mut take: impl FnMut(u64, &Page) -> Result<(), S
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use identity::mailbox::{arm, wipe};
+    use identity::mailbox::{self, MailboxError, PAYLOAD_PER_PAGE, wipe};
 
     use super::*;
 
@@ -251,10 +251,23 @@ mod tests {
         MailboxName::parse(text).unwrap()
     }
 
+    /// As many pages as the capacity needs, armed.
+    fn arm(
+        name: &MailboxName,
+        token: &[u8],
+        nonce: Nonce,
+        capacity: usize,
+        by_agent: bool,
+    ) -> Result<Vec<Page>, MailboxError> {
+        let mut pages = vec![[0; PAGE_SIZE]; capacity.div_ceil(PAYLOAD_PER_PAGE)];
+        mailbox::arm(&mut pages, name, token, nonce, capacity, by_agent)?;
+        Ok(pages)
+    }
+
     /// A memory file of 256 pages with these pages written from `at` on.
-    fn write(file: &File, at: u64, pages: &[Box<Page>]) {
+    fn write(file: &File, at: u64, pages: &[Page]) {
         for (index, page) in pages.iter().enumerate() {
-            file.write_all_at(&**page, (at + index as u64) * PAGE_SIZE as u64).unwrap();
+            file.write_all_at(page, (at + index as u64) * PAGE_SIZE as u64).unwrap();
         }
     }
 
@@ -264,7 +277,7 @@ mod tests {
         file
     }
 
-    fn own() -> (ExpectedMailbox, Vec<Box<Page>>) {
+    fn own() -> (ExpectedMailbox, Vec<Page>) {
         let expected = ExpectedMailbox { name: MailboxName::identity(), nonce: [7; 16], planted_by: PlantedBy::Agent };
         let pages = arm(&expected.name, b"", expected.nonce, 10_000, true).unwrap();
         (expected, pages)
@@ -326,8 +339,8 @@ mod tests {
     fn what_is_unaligned_taken_or_malformed_is_no_mailbox() {
         let file = image();
         let page = arm(&name("app"), b"t", [1; 16], 100, false).unwrap().remove(0);
-        file.write_all_at(&*page, 5 * PAGE_SIZE as u64 + 512).unwrap();
-        let mut taken = page.clone();
+        file.write_all_at(&page, 5 * PAGE_SIZE as u64 + 512).unwrap();
+        let mut taken = page;
         wipe(&mut taken);
         write(&file, 20, &[taken]);
         let mut malformed = page;

@@ -13,7 +13,7 @@ use std::{
 
 use identity::{
     AckKey, MailboxName,
-    mailbox::{PAGE_SIZE, Page, arm, take},
+    mailbox::{PAGE_SIZE, PAYLOAD_PER_PAGE, Page, arm, take},
 };
 use offshoot_memory::{ExpectedMailbox, Mailbox, PatchError, PlantedBy, ProcessMemory, find_mailboxes};
 use rustix::mm::{MapFlags, ProtFlags, mmap};
@@ -30,12 +30,13 @@ fn template(path: &Path) -> (File, Vec<Mailbox>) {
     let file = File::options().create(true).truncate(true).read(true).write(true).open(path).unwrap();
     file.set_len(SIZE).unwrap();
     let mut expected = Vec::new();
-    for (name, first, capacity) in [("offshoot:identity", 9_u64, 10_000), ("app:config", 30, 100)] {
+    for (name, first, capacity) in [("offshoot:identity", 9_u64, 10_000_usize), ("app:config", 30, 100)] {
         let name = MailboxName::parse(name).unwrap();
         let nonce = [u8::try_from(first).unwrap(); 16];
-        let pages = arm(&name, b"", nonce, capacity, true).unwrap();
+        let mut pages = vec![[0; PAGE_SIZE]; capacity.div_ceil(PAYLOAD_PER_PAGE)];
+        arm(&mut pages, &name, b"", nonce, capacity, true).unwrap();
         for (index, page) in pages.iter().rev().enumerate() {
-            file.write_all_at(&**page, (first + 2 * index as u64) * PAGE_SIZE as u64).unwrap();
+            file.write_all_at(page, (first + 2 * index as u64) * PAGE_SIZE as u64).unwrap();
         }
         expected.push(ExpectedMailbox { name, nonce, planted_by: PlantedBy::Agent });
     }

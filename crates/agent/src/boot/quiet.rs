@@ -1,4 +1,4 @@
-//! Settings that keep an idle guest from waking its host.
+//! Settings that keep an idle guest from waking its host, and its memory where it is.
 
 use std::fs;
 
@@ -14,6 +14,10 @@ pub fn settle() {
         ("/proc/sys/kernel/watchdog", "0"),
         // No timer that bounds real-time threads. A workload that hogs the CPU hogs its own.
         ("/proc/sys/kernel/sched_rt_runtime_us", "-1"),
+        // The kernel moves pages to have larger free blocks, twice a second. A mailbox that moves after it was armed leaves
+        // its likeness behind, and the host finds two; in a fork every page moved is one that is no longer shared.
+        ("/proc/sys/vm/compaction_proactiveness", "0"),
+        ("/proc/sys/vm/compact_unevictable_allowed", "0"),
     ] {
         if let Err(error) = fs::write(file, value) {
             console::note(&format!("{file} could not be set to {value}: {error}"));

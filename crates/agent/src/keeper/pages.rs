@@ -55,16 +55,7 @@ impl Pages {
     /// # Errors
     /// If the fields break a rule of the format, or the capacity is not the one the memory was made for.
     pub fn arm(&mut self, name: &MailboxName, token: &[u8], nonce: Nonce, capacity: usize) -> Result<(), MailboxError> {
-        let mut made = mailbox::arm(name, token, nonce, capacity, true)?;
-        if made.len() != self.count {
-            return Err(MailboxError::Field("capacity"));
-        }
-        for (to, from) in self.pages_mut().iter_mut().zip(&mut made) {
-            to.copy_from_slice(&from[..]);
-            // The heap may have put this copy at the start of a page too; the host would find it twice.
-            from.zeroize();
-        }
-        Ok(())
+        mailbox::arm(self.pages_mut(), name, token, nonce, capacity, true)
     }
 
     /// Whether the host has filled the mailbox. Cheap enough to spin on.
