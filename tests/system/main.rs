@@ -10,6 +10,7 @@ mod isolation;
 mod limits;
 mod mailboxes;
 mod own_rootfs;
+mod pool;
 mod recovery;
 mod signals;
 mod warm_up;

@@ -15,7 +15,7 @@ use std::{
 use offshoot_tests::{Bench, Fork, Kind, Run, bench::wait_until, processes, programs};
 
 /// Every point `fault::point("OPERATION.…", …)` of the source; true where a machine's process is there to be killed.
-fn points(operation: &str) -> BTreeMap<String, bool> {
+pub(crate) fn points(operation: &str) -> BTreeMap<String, bool> {
     let mut points = BTreeMap::new();
     for file in fs::read_dir(programs::source().join("crates/host/src")).unwrap() {
         let path = file.unwrap().path();
@@ -58,14 +58,14 @@ impl<'a> Neighbour<'a> {
 
 /// What `cleanup` would remove here. Control groups are the host's, so those of other tests' forks are seen as well.
 #[track_caller]
-fn own_leftovers(bench: &Bench) -> Vec<String> {
+pub(crate) fn own_leftovers(bench: &Bench) -> Vec<String> {
     let path = |leftover: &serde_json::Value| leftover["path"].as_str().unwrap().to_owned();
     bench.leftovers().iter().map(path).filter(|path| !path.starts_with("/sys/fs/cgroup")).collect()
 }
 
 /// The error names a next command, by itself or in its text.
 #[track_caller]
-fn says_what_to_do(run: &Run) {
+pub(crate) fn says_what_to_do(run: &Run) {
     let error = run.error();
     let text = format!("{} {}", error["message"], error["next"]);
     assert!(text.contains("offshoot ") || text.contains("destroyed"), "{run:#}");

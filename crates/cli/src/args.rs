@@ -77,6 +77,8 @@ pub enum Command {
     Verify(Verify),
     /// Measure how long forks take, step by step
     Bench(Bench),
+    /// Keep machines of a template started, so that forks need not wait for that
+    Pool(Pool),
     /// Find what a crash left behind; remove it with --yes
     Cleanup(Cleanup),
     /// Say what this machine can do, and what to do about the rest
@@ -337,6 +339,28 @@ pub struct Bench {
     /// Rounds of each
     #[arg(long, value_name = "R", default_value = "5", value_parser = values::at_least_one, allow_negative_numbers = true)]
     pub rounds: usize,
+}
+
+/// `pool`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  offshoot pool py 4      four machines with the template loaded, stopped, without identity
+  offshoot pool           what is ready
+  offshoot pool py 0      end them
+
+A fork takes one if there is one, and another is started after it. A fork with --memory-limit
+or --cpus starts a machine of its own.")]
+pub struct Pool {
+    /// The template [default: show all pools]
+    #[arg(value_name = "TAG")]
+    pub tag: Option<Tag>,
+    /// How many to keep ready; 0 ends them [default: show the pool]
+    #[arg(value_name = "SIZE")]
+    pub size: Option<usize>,
+    /// Fill the pool up to its size, unless somebody does already, and print nothing
+    #[arg(long, hide = true, requires = "tag", conflicts_with = "size")]
+    pub fill: bool,
 }
 
 /// `cleanup`

@@ -6,17 +6,21 @@
 //! Engine::restore ─► PausedVm ─deliver(identity, …)─► SealedVm ─resume─► RunningVm
 //! ```
 //!
+//! A machine that was [prepared](Engine::prepare) ahead of time, a [`SpareVm`], comes in by [`Engine::adopt`] as a [`PausedVm`].
+//!
 //! Only a [`SealedVm`] can run, and only delivering an identity makes one; a machine that runs can not be patched.
 //! A [`PausedVm`] or [`SealedVm`] that is dropped takes its process with it.
 
+mod ack_stream;
 pub mod process;
 pub mod qemu;
 mod spec;
 mod vm;
 
+pub use ack_stream::AckStream;
 pub use process::ProcessRef;
 pub use spec::{Accel, BootSpec, Capabilities, Confinement, EngineInfo, EngineName, Machine, RestoreSpec};
-pub use vm::{BootedVm, DeliverError, Letter, PausedVm, RunningVm, SealedVm};
+pub use vm::{BootedVm, DeliverError, Letter, PausedVm, RunningVm, SealedVm, SpareVm};
 
 use std::{io, path::PathBuf, time::Duration};
 
@@ -107,4 +111,17 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// [`EngineError`]; nothing is left running.
     fn restore(&self, spec: &RestoreSpec<'_>) -> Result<PausedVm, EngineError>;
+
+    /// Does the same ahead of time, for a fork that is not asked for yet.
+    ///
+    /// # Errors
+    /// [`EngineError`]; nothing is left running.
+    fn prepare(&self, spec: &RestoreSpec<'_>) -> Result<SpareVm, EngineError>;
+
+    /// Takes over a spare machine that some process [prepared](Self::prepare) and released. `spec` is the one it was
+    /// prepared with, but for the directory's name.
+    ///
+    /// # Errors
+    /// [`EngineError`]; the machine may still be there, and must be ended by the caller.
+    fn adopt(&self, spec: &RestoreSpec<'_>, process: &ProcessRef) -> Result<PausedVm, EngineError>;
 }

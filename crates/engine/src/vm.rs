@@ -1,12 +1,12 @@
 //! A machine's life, held by types.
 
-use std::{fmt, os::unix::net::UnixStream, path::Path, time::Duration};
+use std::{fmt, path::Path, time::Duration};
 
 use identity::{AckKey, Secret};
 use memory::Mailbox;
 use thiserror::Error;
 
-use crate::{EngineError, ProcessRef};
+use crate::{AckStream, EngineError, ProcessRef};
 
 /// A template's machine while it is being built: it runs, and has no identity.
 pub trait BootedVm: Send + fmt::Debug {
@@ -14,7 +14,7 @@ pub trait BootedVm: Send + fmt::Debug {
     fn process(&self) -> &ProcessRef;
 
     /// The guest's end of the ack port: the agent says here when it is armed.
-    fn ack_stream(&self) -> &UnixStream;
+    fn ack_stream(&self) -> &AckStream;
 
     /// Stops the virtual CPUs.
     ///
@@ -27,6 +27,34 @@ pub trait BootedVm: Send + fmt::Debug {
     /// # Errors
     /// [`EngineError`]; the machine is ended all the same.
     fn capture(self: Box<Self>, state_file: &Path) -> Result<(), EngineError>;
+}
+
+/// A machine that has loaded a template and waits, stopped and without identity, for whoever
+/// [adopts](crate::Engine::adopt) it. Its process ends with this value unless it is [released](SpareVm::release).
+#[derive(Debug)]
+pub struct SpareVm(Box<dyn SpareBackend>);
+
+/// What an engine does for a spare machine.
+pub(crate) trait SpareBackend: Send + fmt::Debug {
+    fn process(&self) -> &ProcessRef;
+    fn release(self: Box<Self>);
+}
+
+impl SpareVm {
+    pub(crate) fn new(backend: Box<dyn SpareBackend>) -> Self {
+        Self(backend)
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn process(&self) -> &ProcessRef {
+        self.0.process()
+    }
+
+    /// Lets it live on without this value.
+    pub fn release(self) {
+        self.0.release();
+    }
 }
 
 /// What goes into one mailbox of a fork.
@@ -126,8 +154,9 @@ pub struct RunningVm {
     /// Its process.
     pub process: ProcessRef,
     /// The host's end of the ack port.
-    pub ack_stream: UnixStream,
-    pub(crate) child: std::process::Child,
+    pub ack_stream: AckStream,
+    /// None if another process started it as a spare.
+    pub(crate) child: Option<std::process::Child>,
 }
 
 impl RunningVm {
@@ -135,9 +164,11 @@ impl RunningVm {
     ///
     /// # Errors
     /// If it does not end.
-    pub fn destroy(mut self) -> std::io::Result<()> {
+    pub fn destroy(self) -> std::io::Result<()> {
         self.process.kill(Duration::from_secs(10))?;
-        self.child.wait()?;
+        if let Some(mut child) = self.child {
+            child.wait()?;
+        }
         Ok(())
     }
 }

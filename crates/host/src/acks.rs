@@ -2,11 +2,11 @@
 
 use std::{
     collections::BTreeMap,
-    io::{self, Read},
-    os::unix::net::UnixStream,
+    io,
     time::{Duration, Instant},
 };
 
+use engine::AckStream;
 use identity::{Ack, AckKey, ForkId, MailboxName, Stage, ack::MAX_LINE};
 use thiserror::Error;
 
@@ -96,7 +96,7 @@ impl Waiter {
     ///
     /// # Errors
     /// The first [`AckWaitError`].
-    pub fn wait(mut self, stream: &UnixStream) -> Result<BTreeMap<MailboxName, Received>, AckWaitError> {
+    pub fn wait(mut self, stream: &AckStream) -> Result<BTreeMap<MailboxName, Received>, AckWaitError> {
         let start = Instant::now();
         let mut buffer = [0; 4096];
         while let Some((mailbox, limit)) = self.next_deadline() {
@@ -104,11 +104,10 @@ impl Waiter {
             if left.is_zero() {
                 return Err(AckWaitError::Timeout { mailbox, limit, rejected: self.rejected });
             }
-            stream.set_read_timeout(Some(left)).map_err(|error| AckWaitError::Stream(error.to_string()))?;
-            match (&mut &*stream).read(&mut buffer) {
+            match stream.read(&mut buffer, left) {
                 Ok(0) => return Err(AckWaitError::Ended(mailbox)),
                 Ok(count) => self.take(&buffer[..count])?,
-                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(error) if error.kind() == io::ErrorKind::TimedOut => {}
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
                     return Err(AckWaitError::Ended(mailbox));
                 }
@@ -170,7 +169,7 @@ impl Waiter {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::io::Write;
+    use std::{io::Write, os::unix::net::UnixStream};
 
     use super::*;
 
@@ -186,13 +185,18 @@ mod tests {
         Ack { stage: Stage::Applied, mailbox: name(mailbox), fork: fork(digit), steps: Vec::new(), reason: None }
     }
 
+    fn pair() -> (UnixStream, AckStream) {
+        let (guest, host) = UnixStream::pair().unwrap();
+        (guest, AckStream::new(host.into()).unwrap())
+    }
+
     /// Two forks; the line is the second's for the first, and so on.
     fn wait_for_foo(lines: &[String]) -> Result<BTreeMap<MailboxName, Received>, AckWaitError> {
         let key = AckKey::new([1; 32]);
         let keys = ["foo", "foobar"].map(|text| (name(text), key.for_mailbox(&name(text))));
         let mut waiter = Waiter::new(fork('a'), keys.into());
         waiter.want(name("foo"), Duration::from_millis(100));
-        let (mut guest, host) = UnixStream::pair().unwrap();
+        let (mut guest, host) = pair();
         for line in lines {
             guest.write_all(format!("{line}\n").as_bytes()).unwrap();
         }
@@ -235,7 +239,7 @@ mod tests {
         let waiting = std::thread::spawn(move || {
             let mut waiter = Waiter::new(fork('a'), BTreeMap::new());
             waiter.want(name("foo"), Duration::from_secs(20));
-            let (mut guest, host) = UnixStream::pair().unwrap();
+            let (mut guest, host) = pair();
             let writer = std::thread::spawn(move || {
                 for line in lines.iter().cycle().take(1000) {
                     if guest.write_all(line.as_bytes()).is_err() {

@@ -5,16 +5,29 @@ use std::{collections::BTreeMap, time::Instant};
 use engine::Engine;
 use serde::Serialize;
 use store::Template;
+use thiserror::Error;
 
 use crate::{
     fork::{self, ForkError},
     forks,
     home::Home,
+    pool::{self, PoolError},
     progress::Progress,
     record::StepTime,
     request::ForkRequest,
     verify::Cleanup,
 };
+
+/// Why nothing was measured.
+#[derive(Debug, Error)]
+pub enum BenchError {
+    /// The request was refused.
+    #[error(transparent)]
+    Refused(#[from] ForkError),
+    /// The template's pool could not be filled.
+    #[error("the template's pool could not be filled")]
+    Pool(#[from] PoolError),
+}
 
 /// Figures over many values, in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -57,7 +70,7 @@ pub struct BenchRow {
 /// Forks `template` in every size of `sizes`, `rounds` times each, and removes the forks again.
 ///
 /// # Errors
-/// [`ForkError`] if the request is refused; forks that fail are counted.
+/// [`BenchError`] if the request is refused or a pool can not be filled; forks that fail are counted.
 pub fn bench(
     home: &Home,
     engine: &dyn Engine,
@@ -65,7 +78,7 @@ pub fn bench(
     sizes: &[usize],
     rounds: usize,
     progress: &mut dyn FnMut(Progress),
-) -> Result<Vec<BenchRow>, ForkError> {
+) -> Result<Vec<BenchRow>, BenchError> {
     sizes.iter().map(|&size| bench_size(home, engine, template, size, rounds, progress)).collect()
 }
 
@@ -76,12 +89,14 @@ fn bench_size(
     size: usize,
     rounds: usize,
     progress: &mut dyn FnMut(Progress),
-) -> Result<BenchRow, ForkError> {
+) -> Result<BenchRow, BenchError> {
     let request = ForkRequest { count: size, ..ForkRequest::default() };
     let (mut acked, mut all, mut memory, mut failed) = (Vec::new(), Vec::new(), Vec::new(), 0);
     let (mut host_steps, mut guest_steps) = (BTreeMap::new(), BTreeMap::new());
     for round in 0..rounds {
         progress(Progress::of(format!("{size} at once"), round as u64, rounds as u64));
+        // A pool is full before each round: what is measured is a fork, not the wait for the machine after it.
+        pool::fill(home, engine, template, true)?;
         let mut made = Cleanup { home, forks: Vec::new() };
         let start = Instant::now();
         let results = fork::fork(home, engine, template, &request)?;

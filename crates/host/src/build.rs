@@ -2,13 +2,11 @@
 
 use std::{
     fs, io,
-    io::Read,
-    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
-use engine::{Accel, BootSpec, Engine, EngineError, Machine, qemu::CONSOLE};
+use engine::{Accel, AckStream, BootSpec, Engine, EngineError, Machine, qemu::CONSOLE};
 use guest_api::proto;
 use identity::{MailboxName, Tag};
 use memory::{ExpectedMailbox, PlantedBy};
@@ -280,13 +278,12 @@ impl Attempt<'_> {
     }
 
     /// Waits for the line with which the keeper says that it now only waits for its identity.
-    fn wait_armed(&self, stream: &UnixStream) -> Result<(), BuildError> {
-        let armed = |mut stream: &UnixStream| -> io::Result<bool> {
-            stream.set_read_timeout(Some(QUIESCE_LIMIT))?;
+    fn wait_armed(&self, stream: &AckStream) -> Result<(), BuildError> {
+        let armed = |stream: &AckStream| -> io::Result<bool> {
             let mut seen = Vec::new();
             let mut byte = [0];
             while seen.len() < 1 << 16 {
-                if stream.read(&mut byte)? == 0 {
+                if stream.read(&mut byte, QUIESCE_LIMIT)? == 0 {
                     return Ok(false);
                 }
                 seen.push(byte[0]);

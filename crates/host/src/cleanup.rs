@@ -80,6 +80,22 @@ pub fn plan(home: &Home, store: &Store) -> io::Result<Plan> {
                     action: Action::DeadFork(record.id),
                 });
             }
+            Entry::Spare { dir, id, spare } => {
+                known.push(id.clone());
+                let reason = if !spare.process.is_alive() {
+                    "its machine has ended"
+                } else if store.get(&spare.template).is_ok_and(|found| found.manifest().id == spare.template_id) {
+                    continue;
+                } else {
+                    "its template is gone"
+                };
+                plan.leftovers.push(Leftover {
+                    what: format!("spare machine of template {}", spare.template),
+                    reason: reason.into(),
+                    path: dir,
+                    action: Action::HalfMade { id, processes: vec![spare.process] },
+                });
+            }
             Entry::BeingMade(dir) => {
                 if let Some(id) =
                     dir.file_name().and_then(|name| ForkId::parse(name.to_str()?.trim_start_matches(".new-")).ok())

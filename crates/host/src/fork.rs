@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use engine::{Confinement, DeliverError, Engine, EngineError, Letter, RestoreSpec, RunningVm};
+use engine::{Confinement, DeliverError, Engine, EngineError, Letter, ProcessRef, RestoreSpec, RunningVm};
 use identity::{
     AckKey, Action, ClockNanos, Document, File, ForkId, ForkIdentity, ForkName, Limits, MailboxName, NameError, Secret,
     document::{ENTROPY_LEN, FORMAT},
@@ -27,12 +27,16 @@ use crate::{
     confine, fault,
     home::Home,
     limits::{ForkCgroups, LimitError},
+    pool,
     record::{ForkRecord, MailboxReport, NewFork, StepTime},
     request::{Addressed, ForkRequest, RequestError},
 };
 
 /// Time for the identity's ack. Applying takes milliseconds; services that restart at a fork take what they take.
 pub const IDENTITY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Time for a spare machine to be gone once it is killed.
+const KILL_LIMIT: Duration = Duration::from_secs(20);
 
 /// Why a fork was not made. Nothing of it is left.
 #[derive(Debug, Error)]
@@ -165,6 +169,17 @@ impl Drop for Running {
     }
 }
 
+/// A spare machine that no engine value holds: killed on drop.
+struct Ending(Option<ProcessRef>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        if let Some(process) = &self.0 {
+            let _ = process.kill(KILL_LIMIT);
+        }
+    }
+}
+
 /// Notes what each step took.
 struct Stopwatch {
     start: Instant,
@@ -201,8 +216,13 @@ impl Plan<'_> {
     fn fork_one(&self, index: usize) -> Result<ForkRecord, ForkError> {
         let state = |step| move |source| ForkError::State { step, source };
         let mut watch = Stopwatch::start();
-        let id = new_id()?;
-        let mut new = NewFork::begin(self.home, &id).map_err(state("making the fork's directory"))?;
+        let (mut new, spare) = match self.spare() {
+            Some((new, process)) => (new, Some(process)),
+            None => (NewFork::begin(self.home, &new_id()?).map_err(state("making the fork's directory"))?, None),
+        };
+        let id = new.id().clone();
+        // A spare is nobody's child: it goes with this value until the engine has it.
+        let mut spare = Ending(spare);
         fault::point("fork.directory", None).map_err(state("making the fork's directory"))?;
         let name = self.take_name(&mut new, index, &id)?;
         fault::point("fork.name", None).map_err(state("taking the fork's name"))?;
@@ -212,15 +232,30 @@ impl Plan<'_> {
 
         let manifest = self.template.manifest();
         let procs = cgroups.procs();
-        let paused = self.engine.restore(&RestoreSpec {
+        let spec = RestoreSpec {
             dir: new.dir(),
             machine: manifest.machine,
             root_image: &self.template.root_image(),
             memory_file: &self.template.memory_file(),
             state_file: &self.template.state_file(),
             confinement: Confinement { cgroups: &procs, ..confine::of_fork(&id, &manifest.id) },
-        })?;
-        watch.step("start and load");
+        };
+        let paused = match spare.0.as_ref().map(|process| self.engine.adopt(&spec, process)) {
+            Some(Ok(paused)) => {
+                spare.0 = None;
+                watch.step("take over a spare");
+                paused
+            }
+            unusable => {
+                if unusable.is_some() {
+                    drop(spare);
+                    new.clear().map_err(state("removing a spare that can not be used"))?;
+                }
+                let paused = self.engine.restore(&spec)?;
+                watch.step("start and load");
+                paused
+            }
+        };
         let process = paused.process().clone();
         new.note_process(&process).map_err(state("noting the fork's process"))?;
         fault::point("fork.loaded", Some(&process)).map_err(state("loading the template"))?;
@@ -279,6 +314,16 @@ impl Plan<'_> {
         // The machine lives on; only our handle of it goes.
         drop(running.0.take());
         Ok(record)
+    }
+
+    /// A machine from the template's pool. Limits of the host are taken on when a machine starts, so a fork that is to have
+    /// some starts its own.
+    fn spare(&self) -> Option<(NewFork, ProcessRef)> {
+        let limits = &self.request.limits;
+        if limits.memory.is_some() || limits.cpu_millis.is_some() {
+            return None;
+        }
+        pool::take(self.home, self.template.manifest())
     }
 
     fn take_name(&self, new: &mut NewFork, index: usize, id: &ForkId) -> Result<ForkName, ForkError> {
@@ -390,7 +435,7 @@ fn made_up_name(tag: &str, id: &ForkId) -> Result<ForkName, NameError> {
     ForkName::parse(&format!("{stem}-{}", &id.as_str()[..8]))
 }
 
-fn new_id() -> Result<ForkId, ForkError> {
+pub(crate) fn new_id() -> Result<ForkId, ForkError> {
     use std::fmt::Write as _;
     let text = random::<10>()?.iter().fold(String::new(), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");

@@ -2,6 +2,7 @@
 
 use std::{fs, io, path::PathBuf, time::Duration};
 
+use engine::ProcessRef;
 use thiserror::Error;
 
 use crate::{
@@ -102,7 +103,11 @@ pub fn kill(home: &Home, record: &ForkRecord) -> Result<(), ForksError> {
 /// memory above all, are the page cache's even while only one fork maps them, so they count as shared.
 #[must_use]
 pub fn memory_of(record: &ForkRecord) -> Option<(u64, u64)> {
-    let text = fs::read_to_string(format!("/proc/{}/smaps_rollup", record.process.pid)).ok()?;
+    memory_of_process(&record.process)
+}
+
+pub(crate) fn memory_of_process(process: &ProcessRef) -> Option<(u64, u64)> {
+    let text = fs::read_to_string(format!("/proc/{}/smaps_rollup", process.pid)).ok()?;
     let field = |wanted: &str| -> Option<u64> {
         let (_, rest) = text.lines().filter_map(|line| line.split_once(':')).find(|(name, _)| *name == wanted)?;
         Some(rest.split_whitespace().next()?.parse::<u64>().ok()? * 1024)

@@ -72,12 +72,14 @@ impl Home {
     pub fn make(self) -> Result<Self, HomeError> {
         let forks = self.forks();
         let names = self.names();
-        let places: [(&Path, u32, &'static str); 5] = [
+        let pools = self.pools();
+        let places: [(&Path, u32, &'static str); 6] = [
             (&self.data, 0o711, "OFFSHOOT_DATA_DIR"),
             (&self.cache, 0o711, "OFFSHOOT_CACHE_DIR"),
             (&self.state, 0o700, "OFFSHOOT_STATE_DIR"),
             (&forks, 0o700, "OFFSHOOT_STATE_DIR"),
             (&names, 0o700, "OFFSHOOT_STATE_DIR"),
+            (&pools, 0o700, "OFFSHOOT_STATE_DIR"),
         ];
         for (path, mode, variable) in places {
             fs::DirBuilder::new().recursive(true).mode(mode).create(path).map_err(|source| HomeError::Make {
@@ -93,6 +95,12 @@ impl Home {
     #[must_use]
     pub fn forks(&self) -> PathBuf {
         self.state.join("forks")
+    }
+
+    /// One file per template that is to have spare machines.
+    #[must_use]
+    pub fn pools(&self) -> PathBuf {
+        self.state.join("pools")
     }
 
     /// One link per fork name in use, to the fork's id.

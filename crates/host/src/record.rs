@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! <state>/forks/.new-<id>/   being made; its `lock` is held by the process that makes it
+//! <state>/forks/.spare-<id>/ half made, for whoever asks next: see [`crate::pool`]
 //! <state>/forks/<id>/        made; `fork.json` says what it is
 //! <state>/names/<name>       a link to the id that has the name: made exclusively, so two forks never share one
 //! ```
@@ -21,7 +22,7 @@ use identity::{ForkId, ForkName, Tag};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use crate::{home::Home, stop};
+use crate::{home::Home, pool::Spare, stop};
 
 /// The record in a fork's directory.
 pub const RECORD: &str = "fork.json";
@@ -29,6 +30,8 @@ pub const RECORD: &str = "fork.json";
 pub const PROCESS: &str = "process.json";
 const LOCK: &str = "lock";
 pub(crate) const NEW: &str = ".new-";
+const SPARE: &str = ".spare-";
+const SPARE_RECORD: &str = "spare.json";
 /// A record is a few kilobytes; 256 labels of 512 bytes are the most it can hold.
 const MAX_RECORD: u64 = 1 << 20;
 
@@ -146,6 +149,61 @@ impl NewFork {
         }
     }
 
+    /// Leaves it for whoever takes it with [`NewFork::from_spare`].
+    ///
+    /// # Errors
+    /// As [`NewFork::publish`].
+    pub fn set_aside(mut self, home: &Home, spare: &Spare) -> io::Result<()> {
+        write_json(&self.dir, SPARE_RECORD, spare)?;
+        let _publishing = stop::publishing()?;
+        fs::rename(&self.dir, home.forks().join(format!("{SPARE}{}", self.id)))?;
+        self.published = true;
+        Ok(())
+    }
+
+    /// Takes what was set aside; `None` if somebody else did.
+    ///
+    /// # Errors
+    /// If the state directory can not be written, or somebody asked this process to [stop](crate::stop).
+    pub fn from_spare(home: &Home, id: &ForkId, process: &ProcessRef) -> io::Result<Option<Self>> {
+        stop::check()?;
+        let gone = |error: io::Error| if error.kind() == io::ErrorKind::NotFound { Ok(None) } else { Err(error) };
+        let from = home.forks().join(format!("{SPARE}{id}"));
+        let lock = match OpenOptions::new().write(true).open(from.join(LOCK)) {
+            Ok(lock) => lock,
+            Err(error) => return gone(error),
+        };
+        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            return Ok(None);
+        }
+        stop::adopt(home, process);
+        let dir = home.forks().join(format!("{NEW}{id}"));
+        match fs::rename(from, &dir) {
+            Ok(()) => Ok(Some(Self { dir, id: id.clone(), lock, name: None, published: false })),
+            Err(error) => gone(error),
+        }
+    }
+
+    /// Removes what a machine that could not be used has left.
+    ///
+    /// # Errors
+    /// If something can not be removed.
+    pub fn clear(&self) -> io::Result<()> {
+        for entry in fs::read_dir(&self.dir)? {
+            let entry = entry?;
+            if entry.file_name() != LOCK {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Its id.
+    #[must_use]
+    pub fn id(&self) -> &ForkId {
+        &self.id
+    }
+
     /// The directory.
     #[must_use]
     pub fn dir(&self) -> &Path {
@@ -190,6 +248,7 @@ impl NewFork {
             self.published = true;
         }
         let _ = fs::remove_file(final_dir.join(PROCESS));
+        let _ = fs::remove_file(final_dir.join(SPARE_RECORD));
         Ok(final_dir)
     }
 }
@@ -213,6 +272,15 @@ impl Drop for NewFork {
 pub enum Entry {
     /// A fork.
     Fork(Box<ForkRecord>),
+    /// Set aside for a fork to come. Its machine may have ended.
+    Spare {
+        /// The directory.
+        dir: PathBuf,
+        /// The id of the fork that it becomes.
+        id: ForkId,
+        /// What is known of it.
+        spare: Box<Spare>,
+    },
     /// Being made by a living process.
     BeingMade(PathBuf),
     /// Left behind: never finished, or unreadable.
@@ -245,9 +313,18 @@ fn entry(home: &Home, name: &str) -> Option<Entry> {
     let dir = home.forks().join(name);
     let (id, is_new) = match name.strip_prefix(NEW) {
         Some(id) => (id, true),
-        None => (name, false),
+        None => (name.strip_prefix(SPARE).unwrap_or(name), false),
     };
     let Ok(id) = ForkId::parse(id) else { return Some(Entry::Foreign(dir)) };
+    if name.starts_with(SPARE) {
+        return match read_json::<Spare>(&dir.join(SPARE_RECORD)) {
+            Ok(spare) => Some(Entry::Spare { dir, id, spare: Box::new(spare) }),
+            Err(_) if !dir.exists() => None,
+            Err(error) => {
+                Some(Entry::Leftover { dir, id, process: None, reason: format!("its record can not be read: {error}") })
+            }
+        };
+    }
     if is_new {
         // Finished or undone in the meantime: no entry.
         let lock = match File::open(dir.join(LOCK)) {
@@ -339,14 +416,14 @@ pub fn names(home: &Home) -> io::Result<Vec<(PathBuf, Option<ForkId>)>> {
         .collect()
 }
 
-fn write_json<T: Serialize>(dir: &Path, name: &str, value: &T) -> io::Result<()> {
+pub(crate) fn write_json<T: Serialize>(dir: &Path, name: &str, value: &T) -> io::Result<()> {
     let temporary = dir.join(format!(".{name}.tmp"));
     let mut file = OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&temporary)?;
     file.write_all(&serde_json::to_vec_pretty(value)?)?;
     fs::rename(temporary, dir.join(name))
 }
 
-fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> io::Result<T> {
+pub(crate) fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> io::Result<T> {
     let file = File::open(path)?;
     if file.metadata()?.len() > MAX_RECORD {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "longer than any record"));

@@ -9,7 +9,7 @@ use std::{
     collections::BTreeSet,
     fs, io,
     path::{Path, PathBuf},
-    sync::LazyLock,
+    sync::{LazyLock, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -22,6 +22,9 @@ use crate::{Home, record};
 
 /// The signal's number; 0 as long as nobody asked.
 static ASKED: LazyLock<watch::Sender<i32>> = LazyLock::new(|| watch::Sender::new(0));
+
+/// Machines that this process took over from a pool: not its children.
+static ADOPTED: Mutex<Vec<ProcessRef>> = Mutex::new(Vec::new());
 
 /// How often children are looked for while the work comes to its end: one may have been started since the last look.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
@@ -62,6 +65,14 @@ pub fn check() -> io::Result<()> {
     publishing().map(drop)
 }
 
+/// Notes a machine that this process takes over, and that no fork has yet.
+pub(crate) fn adopt(home: &Home, process: &ProcessRef) {
+    let forks = home.forks().canonicalize().unwrap_or_else(|_| home.forks());
+    let mut adopted = ADOPTED.lock().unwrap_or_else(PoisonError::into_inner);
+    adopted.retain(|process| process.is_alive() && !is_published(process.pid, &forks));
+    adopted.push(process.clone());
+}
+
 /// As long as this is held, [`request`] waits.
 ///
 /// # Errors
@@ -81,6 +92,11 @@ pub fn end_unfinished(home: &Home, limit: Duration) {
     while start.elapsed() < limit {
         for pid in children_of(std::process::id()) {
             let _ = end(pid, &forks, &mut asked, start.elapsed() > TIDY_LIMIT);
+        }
+        for process in ADOPTED.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            if process.is_alive() && !is_published(process.pid, &forks) {
+                let _ = process.kill(KILL_LIMIT);
+            }
         }
         thread::sleep(LOOK_AGAIN);
     }

@@ -8,7 +8,7 @@ use host::{
 };
 use serde_json::json;
 
-use super::{Outcome, failed, open_to_make};
+use super::{Outcome, failed, open_to_make, pool};
 use crate::{
     args::Bench,
     error::{FAILED, Failure},
@@ -29,6 +29,7 @@ pub fn run(args: &Bench, output: &Output) -> Outcome {
         reporter.show(&progress);
     });
     drop(reporter);
+    pool::fill_later(&home, &args.tag);
     let rows = rows.map_err(failed)?;
     if let Some(signal) = stop::requested() {
         // Forks that were given up count as failed in the rows: they would be read as a measurement.

@@ -10,7 +10,7 @@ use host::{
 use identity::{MailboxName, Secret};
 use serde_json::json;
 
-use super::{Failures, Outcome, failed, open_to_make};
+use super::{Failures, Outcome, failed, open_to_make, pool};
 use crate::{
     args::Fork,
     assignments::{self, AssignmentError},
@@ -29,6 +29,7 @@ pub fn run(args: &Fork, output: &Output) -> Outcome {
     let engine = engines::for_template(template.manifest())?;
     let results = fork::fork(&home, &engine, &template, &request).map_err(failed)?;
 
+    pool::fill_later(&home, &args.tag);
     let mut failures = Failures::default();
     let mut made = Vec::new();
     for (index, result) in results.into_iter().enumerate() {

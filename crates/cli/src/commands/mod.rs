@@ -15,6 +15,7 @@ mod logs;
 mod ls;
 mod mailboxes;
 mod ping;
+mod pool;
 mod rmi;
 mod templates;
 mod verify;
@@ -56,6 +57,7 @@ pub fn run(command: Command, output: &Output) -> Outcome {
         Command::Kill(args) => kill::run(&args, output),
         Command::Verify(args) => verify::run(&args, output),
         Command::Bench(args) => bench::run(&args, output),
+        Command::Pool(args) => pool::run(&args, output),
         Command::Cleanup(args) => cleanup::run(&args, output),
         Command::Doctor => doctor::run(output),
         Command::Completions(args) => completions::run(&args),

@@ -7,7 +7,7 @@ use host::{
     verify::{self, Row, Verdict},
 };
 
-use super::{Outcome, block_on, failed, open_to_make};
+use super::{Outcome, block_on, failed, open_to_make, pool};
 use crate::{
     args::Verify,
     error::{FAILED, Failure},
@@ -32,6 +32,7 @@ pub fn run(args: &Verify, output: &Output) -> Outcome {
         }
     });
     drop(reporter);
+    pool::fill_later(&home, &args.tag);
     let verdict = verdict?;
     if output.json {
         output.document(&verdict)?;

@@ -6,12 +6,14 @@
 use engine::{DeliverError, EngineError};
 use host::{
     acks::AckWaitError,
+    bench::BenchError,
     build::BuildError,
     fork::ForkError,
     forks::ForksError,
     guest::{CopyError, GuestError},
     home::HomeError,
     limits::LimitError,
+    pool::PoolError,
     recipe::RecipeError,
     request::RequestError,
     verify::VerifyError,
@@ -49,6 +51,53 @@ impl Coded for StoreError {
 
     fn next(&self) -> Option<String> {
         matches!(self, Self::File { .. }).then(|| "offshoot doctor".into())
+    }
+}
+
+impl Coded for PoolError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::TooMany(_) => "pool_too_large",
+            Self::Ended => "engine_failed",
+            Self::Engine(error) => error.code(),
+            Self::Begin(error) => error.code(),
+            Self::State { .. } => "state_failed",
+        }
+    }
+
+    fn exit(&self) -> u8 {
+        if matches!(self, Self::TooMany(_)) { USAGE } else { FAILED }
+    }
+
+    fn next(&self) -> Option<String> {
+        match self {
+            Self::Engine(error) => error.next(),
+            Self::Begin(error) => error.next(),
+            _ => None,
+        }
+    }
+}
+
+impl Coded for BenchError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Refused(error) => error.code(),
+            Self::Pool(error) => error.code(),
+        }
+    }
+
+    fn exit(&self) -> u8 {
+        match self {
+            Self::Refused(error) => error.exit(),
+            Self::Pool(error) => error.exit(),
+        }
+    }
+
+    fn next(&self) -> Option<String> {
+        match self {
+            Self::Refused(error) => error.next(),
+            Self::Pool(error) => error.next(),
+        }
     }
 }
 

@@ -17,20 +17,24 @@ use std::{
 };
 
 use rustix::{
-    fs::{Mode, OFlags},
+    fs::{FileType, Mode, OFlags},
     io::{FdFlags, fcntl_setfd},
     process::{Resource, Rlimit, Signal, set_parent_process_death_signal, setrlimit, setsid},
     thread::{Gid, Uid, UnshareFlags, set_thread_gid, set_thread_groups, set_thread_uid},
 };
 
+use serde_json::Value;
+
 use super::{
     command::{CONTROL_CHANNELS, CommandLine},
     qmp::Qmp,
 };
-use crate::{Confinement, EngineError, ProcessRef};
+use crate::{AckStream, Confinement, EngineError, ProcessRef};
 
 /// The monitor's socket in a machine's directory.
 pub const MONITOR_SOCKET: &str = "monitor.sock";
+/// What the guest writes to its ack port.
+const ACK_PIPE: &str = "ack.pipe";
 /// QEMU's own messages in a machine's directory.
 pub const LOG: &str = "engine.log";
 /// What the guest's kernel and agent wrote to the serial console of a template, in its machine's directory.
@@ -38,6 +42,10 @@ pub const CONSOLE: &str = "console.log";
 
 /// Time for QEMU to start; it takes 25 ms on an idle machine, but may have to be read from a slow disk.
 const START_LIMIT: Duration = Duration::from_secs(30);
+/// Time for a started QEMU to answer whoever takes it over; past that, starting another is the better way.
+const ADOPT_LIMIT: Duration = Duration::from_secs(2);
+/// Time for a killed process to be gone; the kernel has to free its memory first.
+const KILL_LIMIT: Duration = Duration::from_secs(20);
 /// Most bytes a fork's process may write to any file (its log): a guest must not fill the host's disk.
 const MAX_FILE: u64 = 4 << 20;
 
@@ -46,8 +54,10 @@ const MAX_FILE: u64 = 4 << 20;
 pub(super) struct Qemu {
     pub(super) process: ProcessRef,
     pub(super) qmp: Qmp,
-    pub(super) ack: UnixStream,
+    pub(super) ack: AckStream,
+    /// None if another process started it.
     child: Option<Child>,
+    released: bool,
     dir: PathBuf,
 }
 
@@ -56,8 +66,11 @@ pub(super) struct Qemu {
 pub(super) struct Prepared {
     dir_fd: OwnedFd,
     pub(super) monitor: UnixListener,
-    pub(super) ack_host: UnixStream,
-    pub(super) ack_machine: UnixStream,
+    ack: OwnedFd,
+    ack_write: OwnedFd,
+    /// For the process to hold, unused: a pipe that nobody can read would break under a guest that writes to it late, and
+    /// QEMU would try again without end.
+    ack_hold: OwnedFd,
     pub(super) root_image: File,
     pub(super) memory_dir: OwnedFd,
     channels: [UnixListener; CONTROL_CHANNELS],
@@ -82,15 +95,16 @@ impl Prepared {
         }
         #[allow(clippy::expect_used)]
         let channels = channels.try_into().expect("as many as were made");
-        let (ack_host, ack_machine) =
-            UnixStream::pair().map_err(|source| EngineError::Control { during: "starting", source })?;
+        let (ack_hold, ack, ack_write) =
+            make_ack_pipe(&dir_fd).map_err(|source| file("making the pipe", &dir.join(ACK_PIPE), source))?;
         let memory_parent = memory_file.parent().unwrap_or(Path::new("."));
         Ok(Self {
             dir_fd,
             monitor,
             channels,
-            ack_host,
-            ack_machine,
+            ack,
+            ack_write,
+            ack_hold,
             root_image: open(root_image)?,
             memory_dir: open_dir(memory_parent)
                 .map_err(|source| file("opening the template's directory", memory_parent, source))?,
@@ -125,7 +139,7 @@ impl Prepared {
     pub(super) fn fds(&self) -> super::command::Fds {
         super::command::Fds {
             monitor: self.monitor.as_raw_fd(),
-            ack: self.ack_machine.as_raw_fd(),
+            ack: self.ack_write.as_raw_fd(),
             root_image: self.root_image.as_raw_fd(),
             memory_dir: self.memory_dir.as_raw_fd(),
             channels: self.channels.each_ref().map(AsRawFd::as_raw_fd),
@@ -134,7 +148,7 @@ impl Prepared {
 
     fn inherited(&self) -> Vec<RawFd> {
         let fds = self.fds();
-        let mut all = vec![fds.monitor, fds.ack, fds.root_image, fds.memory_dir];
+        let mut all = vec![fds.monitor, fds.ack, self.ack_hold.as_raw_fd(), fds.root_image, fds.memory_dir];
         all.extend(fds.channels);
         all.extend(self.others.iter().map(AsRawFd::as_raw_fd));
         all
@@ -142,11 +156,12 @@ impl Prepared {
 }
 
 /// What the process is for. A template's writes its memory file, and ends with the thread that builds it, whatever ends
-/// that; a fork's lives on, and writes nothing but its log.
+/// that; a fork's lives on, and writes nothing but its log; a spare's becomes a fork's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Purpose {
     Template,
     Fork,
+    Spare,
 }
 
 /// Starts QEMU in `dir` and waits until it takes commands.
@@ -184,8 +199,9 @@ pub(super) fn launch(
     let process = ProcessRef::of(child.id()).map_err(control)?;
     let mut guard = ChildGuard(Some(child));
     // Our copies of what the process has now: as long as we held its listening sockets too, its end would not show.
-    let Prepared { ack_host, monitor: listener, channels, ack_machine, .. } = prepared;
-    drop((listener, channels, ack_machine));
+    let Prepared { ack, monitor: listener, channels, ack_write, ack_hold, .. } = prepared;
+    drop((listener, channels, ack_write, ack_hold));
+    let ack = AckStream::new(ack).map_err(control)?;
 
     let qmp = match Qmp::start(monitor, START_LIMIT) {
         Ok(qmp) => qmp,
@@ -194,17 +210,35 @@ pub(super) fn launch(
             return Err(explain(error, dir, "starting"));
         }
     };
-    Ok(Qemu { process, qmp, ack: ack_host, child: guard.0.take(), dir: dir.to_owned() })
+    Ok(Qemu { process, qmp, ack, child: guard.0.take(), released: false, dir: dir.to_owned() })
 }
 
 impl Qemu {
+    /// Takes over a process that another one started in `dir` and released.
+    pub(super) fn adopt(dir: &Path, process: ProcessRef) -> Result<Self, EngineError> {
+        let during = "taking over a spare machine";
+        let control = |source| EngineError::Control { during, source };
+        let dir_fd = open_dir(dir).map_err(control)?;
+        let monitor =
+            UnixStream::connect(format!("/proc/self/fd/{}/{MONITOR_SOCKET}", dir_fd.as_raw_fd())).map_err(control)?;
+        let ack =
+            rustix::fs::openat(&dir_fd, ACK_PIPE, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())
+                .map_err(io::Error::from)
+                .and_then(AckStream::new)
+                .map_err(control)?;
+        let mut qmp = Qmp::start(monitor, ADOPT_LIMIT)?;
+        let status = qmp.run(during, "query-status", Value::Null, ADOPT_LIMIT)?;
+        // A spare has loaded its template and has never run.
+        if status.get("running") != Some(&Value::Bool(false)) {
+            return Err(EngineError::Refused { during, reason: "it is not paused".into() });
+        }
+        Ok(Self { process, qmp, ack, child: None, released: false, dir: dir.to_owned() })
+    }
+
     /// Lets the process live on without this value.
-    pub(super) fn release(mut self) -> (Child, UnixStream, ProcessRef) {
-        #[allow(clippy::expect_used)]
-        let child = self.child.take().expect("taken only here");
-        let ack = self.ack.try_clone();
-        #[allow(clippy::expect_used)]
-        (child, ack.expect("duplicating a descriptor"), self.process.clone())
+    pub(super) fn release(mut self) -> (Option<Child>, ProcessRef) {
+        self.released = true;
+        (self.child.take(), self.process.clone())
     }
 
     /// Waits for the process to end by itself.
@@ -228,7 +262,13 @@ impl Qemu {
 
 impl Drop for Qemu {
     fn drop(&mut self) {
-        ChildGuard(self.child.take()).end();
+        if self.released {
+            return;
+        }
+        match self.child.take() {
+            Some(child) => ChildGuard(Some(child)).end(),
+            None => drop(self.process.kill(KILL_LIMIT)),
+        }
     }
 }
 
@@ -268,7 +308,7 @@ fn confine(command: &mut Command, inherited: Vec<RawFd>, confinement: &Confineme
         }
         let none = Rlimit { current: Some(0), maximum: Some(0) };
         setrlimit(Resource::Core, none)?;
-        if purpose == Purpose::Fork {
+        if purpose != Purpose::Template {
             setrlimit(Resource::Fsize, Rlimit { current: Some(MAX_FILE), maximum: Some(MAX_FILE) })?;
         }
         if namespaces {
@@ -323,6 +363,14 @@ fn last_words(path: &Path) -> String {
 
 fn open(path: &Path) -> Result<File, EngineError> {
     File::open(path).map_err(|source| EngineError::File { what: "opening", path: path.into(), source })
+}
+
+/// A pipe with a name, so that another process can take the reading over: an end for both, one for reading, one for
+/// writing. The first makes that opening the others waits for nobody.
+fn make_ack_pipe(dir: &OwnedFd) -> io::Result<(OwnedFd, OwnedFd, OwnedFd)> {
+    rustix::fs::mknodat(dir, ACK_PIPE, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)?;
+    let open = |flags| rustix::fs::openat(dir, ACK_PIPE, flags | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty());
+    Ok((open(OFlags::RDWR)?, open(OFlags::RDONLY)?, open(OFlags::WRONLY)?))
 }
 
 fn open_dir(path: &Path) -> io::Result<OwnedFd> {

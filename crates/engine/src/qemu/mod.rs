@@ -15,10 +15,7 @@ use std::{
     fs::{self, File, OpenOptions},
     os::{
         fd::{AsFd, RawFd},
-        unix::{
-            fs::{MetadataExt, OpenOptionsExt},
-            net::UnixStream,
-        },
+        unix::fs::{MetadataExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
     process::Command,
@@ -33,8 +30,9 @@ pub use kvm::{KvmState, kvm_state};
 pub use launch::{CONSOLE, LOG, MONITOR_SOCKET};
 
 use crate::{
-    Accel, BootSpec, BootedVm, Capabilities, DeliverError, Engine, EngineError, EngineInfo, EngineName, Letter,
-    PausedVm, ProcessRef, RestoreSpec, RunningVm, vm::PausedBackend,
+    Accel, AckStream, BootSpec, BootedVm, Capabilities, DeliverError, Engine, EngineError, EngineInfo, EngineName,
+    Letter, PausedVm, ProcessRef, RestoreSpec, RunningVm, SpareVm,
+    vm::{PausedBackend, SpareBackend},
 };
 use command::{CommandLine, MemoryUse};
 use launch::{Prepared, Purpose, Qemu};
@@ -46,6 +44,8 @@ pub const PROGRAM: &str = "qemu-system-x86_64";
 const COMMAND_LIMIT: Duration = Duration::from_secs(10);
 /// Time to save or load the device state: 2 ms on an idle machine.
 const STATE_LIMIT: Duration = Duration::from_secs(60);
+
+const LOADING: &str = "loading the template";
 
 /// The engine.
 #[derive(Debug)]
@@ -161,31 +161,56 @@ impl Engine for QemuEngine {
     }
 
     fn restore(&self, spec: &RestoreSpec<'_>) -> Result<PausedVm, EngineError> {
-        let during = "loading the template";
-        let memory = File::open(spec.memory_file).map_err(|source| EngineError::File {
-            what: "opening",
-            path: spec.memory_file.into(),
-            source,
+        let memory = open_memory(spec)?;
+        let qemu = self.load(spec, Purpose::Fork)?;
+        Ok(PausedVm::new(Box::new(Paused { qemu, memory, size: spec.machine.memory_bytes, opened: None })))
+    }
+
+    fn prepare(&self, spec: &RestoreSpec<'_>) -> Result<SpareVm, EngineError> {
+        Ok(SpareVm::new(Box::new(Spare(self.load(spec, Purpose::Spare)?))))
+    }
+
+    fn adopt(&self, spec: &RestoreSpec<'_>, process: &ProcessRef) -> Result<PausedVm, EngineError> {
+        let memory = open_memory(spec)?;
+        let size = spec.machine.memory_bytes;
+        // Asked before anything else: a host that lets only a parent write to a process' memory says so here, and the
+        // caller starts a machine of its own.
+        let opened = ProcessMemory::open(process.pid, &memory, size).map_err(|error| EngineError::Refused {
+            during: "taking over a spare machine",
+            reason: error.to_string(),
         })?;
+        let qemu = Qemu::adopt(spec.dir, process.clone())?;
+        Ok(PausedVm::new(Box::new(Paused { qemu, memory, size, opened: Some(opened) })))
+    }
+}
+
+impl QemuEngine {
+    fn load(&self, spec: &RestoreSpec<'_>, purpose: Purpose) -> Result<Qemu, EngineError> {
         let mut prepared = Prepared::new(spec.dir, spec.root_image, spec.memory_file)?;
         let state = prepared.open(spec.state_file)?;
         let usage = if self.read_only_template { MemoryUse::PrivateReadOnly } else { MemoryUse::Private };
         let line =
-            CommandLine::machine(spec.machine, self.info.accel, usage, &file_name(spec.memory_file), prepared.fds())
-                .restore();
-        let mut qemu = launch::launch(&self.program, spec.dir, line, prepared, &spec.confinement, Purpose::Fork)?;
-        let loaded = load_state(&mut qemu, state);
-        match loaded {
-            Ok(()) => Ok(PausedVm::new(Box::new(Paused { qemu, memory, size: spec.machine.memory_bytes }))),
-            Err(error) => Err(qemu.explain(error, during)),
+            CommandLine::machine(spec.machine, self.info.accel, usage, &file_name(spec.memory_file), prepared.fds());
+        let mut qemu = launch::launch(&self.program, spec.dir, line.restore(), prepared, &spec.confinement, purpose)?;
+        match load_state(&mut qemu, state) {
+            Ok(()) => Ok(qemu),
+            Err(error) => Err(qemu.explain(error, LOADING)),
         }
     }
+}
+
+fn open_memory(spec: &RestoreSpec<'_>) -> Result<File, EngineError> {
+    File::open(spec.memory_file).map_err(|source| EngineError::File {
+        what: "opening",
+        path: spec.memory_file.into(),
+        source,
+    })
 }
 
 /// Loads the device state from a descriptor that the process has. The capability can only be set once the monitor is
 /// there, so `-incoming` is deferred.
 fn load_state(qemu: &mut Qemu, state: RawFd) -> Result<(), EngineError> {
-    let during = "loading the template";
+    let during = LOADING;
     let load = ("migrate-incoming", json!({ "uri": format!("fd:{state}") }));
     qemu.qmp.run_all(during, &[ignore_shared_memory(), load], COMMAND_LIMIT)?;
     // `-S` keeps the machine paused after it.
@@ -223,7 +248,7 @@ impl BootedVm for Booted {
         &self.0.process
     }
 
-    fn ack_stream(&self) -> &UnixStream {
+    fn ack_stream(&self) -> &AckStream {
         &self.0.ack
     }
 
@@ -265,6 +290,21 @@ struct Paused {
     qemu: Qemu,
     memory: File,
     size: u64,
+    /// Open already.
+    opened: Option<ProcessMemory>,
+}
+
+#[derive(Debug)]
+struct Spare(Qemu);
+
+impl SpareBackend for Spare {
+    fn process(&self) -> &ProcessRef {
+        &self.0.process
+    }
+
+    fn release(self: Box<Self>) {
+        let _ = self.0.release();
+    }
 }
 
 impl PausedBackend for Paused {
@@ -273,7 +313,10 @@ impl PausedBackend for Paused {
     }
 
     fn patch(&mut self, letters: &[Letter<'_>]) -> Result<(), DeliverError> {
-        let memory = ProcessMemory::open(self.qemu.process.pid, &self.memory, self.size)?;
+        let memory = match self.opened.take() {
+            Some(opened) => opened,
+            None => ProcessMemory::open(self.qemu.process.pid, &self.memory, self.size)?,
+        };
         let letters: Vec<_> =
             letters.iter().map(|letter| (letter.mailbox, letter.payload.expose(), &letter.ack_key)).collect();
         memory.fill(&letters)?;
@@ -284,7 +327,8 @@ impl PausedBackend for Paused {
         let during = "letting the fork run";
         match self.qemu.qmp.run(during, "cont", Value::Null, COMMAND_LIMIT) {
             Ok(_) => {
-                let (child, ack_stream, process) = self.qemu.release();
+                let ack_stream = self.qemu.ack.try_clone().map_err(|source| EngineError::Control { during, source })?;
+                let (child, process) = self.qemu.release();
                 Ok(RunningVm { process, ack_stream, child })
             }
             Err(error) => Err(self.qemu.explain(error, during)),

@@ -1,0 +1,262 @@
+//! Spare machines: started and loaded ahead of time, stopped and without identity, so that a fork need not wait for that.
+//!
+//! ```text
+//! <state>/pools/<tag>           how many spares a template is to have
+//! <state>/forks/.spare-<id>/    a spare; it becomes the fork <id>, and nobody else's
+//! ```
+//!
+//! A spare is a fork that is half made, and made so far for whoever asks next. Taking one is locking it and renaming its
+//! directory; who loses the race takes the next. A pool is a convenience: a fork that finds no spare, or none that it can
+//! use, starts a machine of its own.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::unix::fs::OpenOptionsExt,
+    time::Duration,
+};
+
+use engine::{Confinement, Engine, EngineError, EngineInfo, ProcessRef, RestoreSpec};
+use identity::{ForkId, Tag};
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+use store::{Manifest, Template};
+use thiserror::Error;
+
+use crate::{
+    confine, fault,
+    fork::{ForkError, new_id},
+    forks,
+    home::Home,
+    record::{self, Entry, NewFork},
+};
+
+/// Most spares of one template: each holds some 20 MiB.
+pub const MAX_SIZE: usize = 256;
+/// Time for a spare to be gone once it is killed.
+const KILL_LIMIT: Duration = Duration::from_secs(20);
+
+/// Why a pool could not be filled or changed.
+#[derive(Debug, Error)]
+pub enum PoolError {
+    /// Too many.
+    #[error("a pool has at most {MAX_SIZE} spare machines, not {0}")]
+    TooMany(usize),
+    /// A spare could not be started.
+    #[error("a spare machine could not be started")]
+    Engine(#[from] EngineError),
+    /// A spare ended right after it was loaded; trying for ever would be no help.
+    #[error(
+        "a spare machine ended right after it was started; see `offshoot doctor`, or do without: `offshoot pool TAG 0`"
+    )]
+    Ended,
+    /// What a fork's beginning can fail of.
+    #[error(transparent)]
+    Begin(#[from] ForkError),
+    /// The state directory could not be read or written, or a spare could not be ended.
+    #[error("{step} failed")]
+    State {
+        /// The step.
+        step: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What is known of a spare, in its directory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spare {
+    /// The template's tag.
+    pub template: Tag,
+    /// The template's id: a tag may be built anew.
+    pub template_id: String,
+    /// What runs it.
+    pub engine: EngineInfo,
+    /// Its process.
+    pub process: ProcessRef,
+}
+
+impl Spare {
+    fn is_for(&self, manifest: &Manifest) -> bool {
+        self.template == manifest.tag && self.template_id == manifest.id && self.engine == manifest.engine
+    }
+}
+
+/// A template's pool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Pool {
+    /// The template.
+    pub template: Tag,
+    /// How many spares it is to have.
+    pub size: usize,
+    /// How many are ready.
+    pub ready: usize,
+    /// Bytes of memory that the spares have for themselves.
+    pub private_bytes: u64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Setting {
+    size: usize,
+}
+
+/// Every pool, by tag.
+///
+/// # Errors
+/// [`PoolError::State`].
+pub fn list(home: &Home) -> Result<Vec<Pool>, PoolError> {
+    let state = |source| PoolError::State { step: "reading the pools", source };
+    let spares = spares(home).map_err(state)?;
+    let mut tags: Vec<Tag> = spares.iter().map(|(_, spare)| spare.template.clone()).collect();
+    for entry in fs::read_dir(home.pools()).map_err(state)? {
+        tags.extend(Tag::parse(&entry.map_err(state)?.file_name().to_string_lossy()));
+    }
+    tags.sort();
+    tags.dedup();
+    let pool = |template: Tag| {
+        let own: Vec<_> =
+            spares.iter().filter(|(_, spare)| spare.template == template && spare.process.is_alive()).collect();
+        Pool {
+            size: size(home, &template),
+            ready: own.len(),
+            private_bytes: own.iter().filter_map(|(_, spare)| Some(forks::memory_of_process(&spare.process)?.0)).sum(),
+            template,
+        }
+    };
+    Ok(tags.into_iter().map(pool).collect())
+}
+
+/// How many spares a template is to have; 0 without a pool.
+#[must_use]
+pub fn size(home: &Home, tag: &Tag) -> usize {
+    record::read_json::<Setting>(&home.pools().join(tag.as_str())).map_or(0, |setting| setting.size.min(MAX_SIZE))
+}
+
+/// Says how many spares a template is to have; [`fill`] then makes it so.
+///
+/// # Errors
+/// [`PoolError`].
+pub fn set_size(home: &Home, tag: &Tag, size: usize) -> Result<(), PoolError> {
+    if size > MAX_SIZE {
+        return Err(PoolError::TooMany(size));
+    }
+    let written = if size == 0 {
+        match fs::remove_file(home.pools().join(tag.as_str())) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    } else {
+        record::write_json(&home.pools(), tag.as_str(), &Setting { size })
+    };
+    written.map_err(|source| PoolError::State { step: "noting the pool's size", source })
+}
+
+/// Starts the spares that a template lacks, and ends those that it has too many and those that nobody can use any more.
+/// One at a time: who comes while another fills either waits for it or, with `wait` off, leaves it to that one.
+///
+/// # Errors
+/// [`PoolError`]; the spares that are ready by then stay.
+pub fn fill(home: &Home, engine: &dyn Engine, template: &Template, wait: bool) -> Result<(), PoolError> {
+    let manifest = template.manifest();
+    let Some(_lock) = lock(home, &manifest.tag, wait)? else { return Ok(()) };
+    loop {
+        let ready = trim(home, &manifest.tag, Some(manifest))?;
+        if ready >= size(home, &manifest.tag) {
+            return Ok(());
+        }
+        start_one(home, engine, template)?;
+    }
+}
+
+/// Ends a template's spares and forgets its pool. The template may be gone already.
+///
+/// # Errors
+/// [`PoolError`].
+pub fn end(home: &Home, tag: &Tag) -> Result<(), PoolError> {
+    set_size(home, tag, 0)?;
+    let _lock = lock(home, tag, true)?;
+    trim(home, tag, None).map(drop)
+}
+
+/// A spare for a fork of this template, if there is one: it is the caller's now.
+#[must_use]
+pub fn take(home: &Home, manifest: &Manifest) -> Option<(NewFork, ProcessRef)> {
+    if size(home, &manifest.tag) == 0 {
+        return None;
+    }
+    spares(home)
+        .ok()?
+        .into_iter()
+        .filter(|(_, spare)| spare.is_for(manifest) && spare.process.is_alive())
+        .find_map(|(id, spare)| Some((NewFork::from_spare(home, &id, &spare.process).ok()??, spare.process)))
+}
+
+fn start_one(home: &Home, engine: &dyn Engine, template: &Template) -> Result<(), PoolError> {
+    let state = |step| move |source| PoolError::State { step, source };
+    let manifest = template.manifest();
+    let id = new_id()?;
+    let new = NewFork::begin(home, &id).map_err(state("making the spare's directory"))?;
+    fault::point("pool.directory", None).map_err(state("making the spare's directory"))?;
+    let spare = engine.prepare(&RestoreSpec {
+        dir: new.dir(),
+        machine: manifest.machine,
+        root_image: &template.root_image(),
+        memory_file: &template.memory_file(),
+        state_file: &template.state_file(),
+        confinement: Confinement { cgroups: &[], ..confine::of_fork(&id, &manifest.id) },
+    })?;
+    let process = spare.process().clone();
+    new.note_process(&process).map_err(state("noting the spare's process"))?;
+    fault::point("pool.loaded", Some(&process)).map_err(state("loading the template"))?;
+    if !process.is_alive() {
+        return Err(PoolError::Ended);
+    }
+    let record = Spare {
+        template: manifest.tag.clone(),
+        template_id: manifest.id.clone(),
+        engine: manifest.engine.clone(),
+        process,
+    };
+    new.set_aside(home, &record).map_err(state("noting the spare"))?;
+    spare.release();
+    Ok(())
+}
+
+/// Ends the spares of `tag` that `template` can not use, and those above its pool's size; how many are left.
+fn trim(home: &Home, tag: &Tag, template: Option<&Manifest>) -> Result<usize, PoolError> {
+    let state = |source| PoolError::State { step: "ending a spare machine", source };
+    let size = size(home, tag);
+    let mut ready = 0;
+    for (id, spare) in spares(home).map_err(state)?.into_iter().filter(|(_, spare)| spare.template == *tag) {
+        if ready < size && spare.process.is_alive() && template.is_some_and(|manifest| spare.is_for(manifest)) {
+            ready += 1;
+        } else if let Some(taken) = NewFork::from_spare(home, &id, &spare.process).map_err(state)? {
+            spare.process.kill(KILL_LIMIT).map_err(state)?;
+            drop(taken);
+        }
+    }
+    Ok(ready)
+}
+
+fn spares(home: &Home) -> io::Result<Vec<(ForkId, Spare)>> {
+    let spare = |entry| match entry {
+        Entry::Spare { id, spare, .. } => Some((id, *spare)),
+        _ => None,
+    };
+    Ok(record::entries(home)?.into_iter().filter_map(spare).collect())
+}
+
+fn lock(home: &Home, tag: &Tag, wait: bool) -> Result<Option<File>, PoolError> {
+    let state = |source| PoolError::State { step: "locking the pool", source };
+    let path = home.pools().join(format!(".lock-{tag}"));
+    let lock = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path).map_err(state)?;
+    let operation = if wait { FlockOperation::LockExclusive } else { FlockOperation::NonBlockingLockExclusive };
+    match flock(&lock, operation) {
+        Ok(()) => Ok(Some(lock)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+        Err(error) => Err(state(error.into())),
+    }
+}
