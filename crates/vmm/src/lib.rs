@@ -1,1 +1,8 @@
 //! The embedded KVM virtual machine monitor: what boots, captures and restores one guest, in one process.
+
+pub mod bus;
+pub mod config;
+pub mod irq;
+pub mod layout;
+pub mod machine;
+pub mod memory;
