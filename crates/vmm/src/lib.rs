@@ -6,3 +6,4 @@ pub mod irq;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod worker;

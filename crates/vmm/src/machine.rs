@@ -8,6 +8,8 @@ use std::{
 /// What the devices of a machine are connected to on the host.
 #[derive(Debug)]
 pub struct DeviceFiles {
+    /// `/dev/kvm`, opened by whoever started this process: in its jail there is no such path. `None` opens it here.
+    pub kvm: Option<OwnedFd>,
     /// Root image; never written.
     pub root_image: File,
     /// Where the guest's ack lines go: written without blocking, one stream of bytes.

@@ -1,0 +1,186 @@
+//! System calls that the threads of a worker may make.
+//!
+//! A thread that makes any other ends the whole process, and so its fork, and nothing else. The first filter, that of
+//! [`Role::Start`], is taken on before a byte of a guest or template is read, and is inherited by every thread; each thread
+//! then adds the shorter list of its own role. Nothing here applies outside of a worker: in tests that use a machine as a
+//! library [`enter`] does nothing.
+
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
+};
+use thiserror::Error;
+
+/// What a thread does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// The process until its machine is loaded: what the others do, and making them.
+    Start,
+    /// The main thread once the machine is loaded: serves the control socket.
+    Main,
+    /// The device thread: host-side events.
+    Devices,
+    /// A virtual CPU.
+    Vcpu,
+}
+
+/// Why a filter could not be taken on.
+#[derive(Debug, Error)]
+pub enum SeccompError {
+    /// It could not be built.
+    #[error("the list of system calls can not be compiled")]
+    Build(#[from] seccompiler::BackendError),
+    /// The kernel refused it.
+    #[error("the kernel does not take the list of system calls")]
+    Apply(#[from] seccompiler::Error),
+}
+
+/// Whether this process is a worker.
+static JAILED: AtomicBool = AtomicBool::new(false);
+
+/// Makes [`enter`] effective in this process, for good.
+pub fn arm() {
+    JAILED.store(true, Ordering::Release);
+}
+
+/// Restricts the calling thread to the system calls of its role, for good; does nothing outside of a worker.
+///
+/// # Errors
+/// [`SeccompError`]; the thread must then do nothing more.
+pub fn enter(role: Role) -> Result<(), SeccompError> {
+    if JAILED.load(Ordering::Acquire) {
+        apply(role)?;
+    }
+    Ok(())
+}
+
+/// Restricts the calling thread, in any process.
+pub(super) fn apply(role: Role) -> Result<(), SeccompError> {
+    Ok(seccompiler::apply_filter(&program(role)?)?)
+}
+
+fn program(role: Role) -> Result<BpfProgram, SeccompError> {
+    let filter =
+        SeccompFilter::new(rules(role)?, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?;
+    Ok(filter.try_into()?)
+}
+
+/// What the allocator, locks, the clock and the end of a thread or process take.
+const EVERY: &[libc::c_long] = &[
+    libc::SYS_brk,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_close,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_futex,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_gettid,
+    libc::SYS_madvise,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_nanosleep,
+    libc::SYS_read,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_yield,
+    libc::SYS_sigaltstack,
+    // To a thread of this process: a virtual CPU is made to leave the guest by a signal. In a pid namespace of its own a
+    // worker can name no other process.
+    libc::SYS_tgkill,
+    libc::SYS_write,
+];
+
+/// Disk, sockets and pipes that are open already.
+const TRANSFER: &[libc::c_long] = &[
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_pwrite64,
+    libc::SYS_readv,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_writev,
+];
+
+/// Waiting for descriptors, and taking connections on sockets that listen already.
+const WAIT: &[libc::c_long] = &[
+    libc::SYS_accept4,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_wait,
+    libc::SYS_eventfd2,
+    libc::SYS_fcntl,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_shutdown,
+    libc::SYS_timerfd_create,
+    libc::SYS_timerfd_settime,
+];
+
+/// What loading a machine and making its threads takes besides.
+const START: &[libc::c_long] = &[
+    libc::SYS_clone,
+    libc::SYS_clone3,
+    libc::SYS_dup,
+    libc::SYS_fstat,
+    libc::SYS_ftruncate,
+    libc::SYS_lseek,
+    libc::SYS_prctl,
+    libc::SYS_rseq,
+    libc::SYS_rt_sigaction,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_seccomp,
+    libc::SYS_set_robust_list,
+    libc::SYS_statx,
+    libc::SYS_setsockopt,
+];
+
+/// Every ioctl of KVM has this in its second byte.
+const KVM_IOCTLS: u64 = 0xae00;
+const IOCTL_TYPE: u64 = 0xff00;
+
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+fn rules(role: Role) -> Result<Rules, SeccompError> {
+    let lists: &[&[libc::c_long]] = match role {
+        Role::Start => &[EVERY, TRANSFER, WAIT, START],
+        Role::Main => {
+            &[EVERY, TRANSFER, WAIT, &[libc::SYS_lseek, libc::SYS_ftruncate, libc::SYS_fstat, libc::SYS_statx]]
+        }
+        Role::Devices => &[EVERY, TRANSFER, WAIT],
+        // Its devices write to sockets, files and event descriptors; a first connection's events change with them.
+        Role::Vcpu => &[EVERY, TRANSFER, &[libc::SYS_epoll_ctl]],
+    };
+    let mut rules: Rules = lists.iter().copied().flatten().map(|&call| (call, Vec::new())).collect();
+    let mut ioctls = vec![masked(1, IOCTL_TYPE, KVM_IOCTLS)?];
+    if role != Role::Vcpu {
+        ioctls.push(equals(1, libc::FIONBIO)?);
+    }
+    rules.insert(libc::SYS_ioctl, ioctls);
+    // Memory, but none that could be executed.
+    let exec = u64::from(libc::PROT_EXEC.cast_unsigned());
+    rules.insert(libc::SYS_mmap, vec![masked(2, exec, 0)?]);
+    rules.insert(libc::SYS_mprotect, vec![masked(2, exec, 0)?]);
+    Ok(rules)
+}
+
+fn masked(argument: u8, mask: u64, value: u64) -> Result<SeccompRule, SeccompError> {
+    rule(argument, SeccompCmpOp::MaskedEq(mask), value)
+}
+
+fn equals(argument: u8, value: u64) -> Result<SeccompRule, SeccompError> {
+    rule(argument, SeccompCmpOp::Eq, value)
+}
+
+fn rule(argument: u8, operator: SeccompCmpOp, value: u64) -> Result<SeccompRule, SeccompError> {
+    Ok(SeccompRule::new(vec![SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)?])?)
+}
