@@ -10,38 +10,9 @@ use std::{
     os::unix::fs::{FileExt, MetadataExt},
 };
 
-use identity::{
-    AckKey, MailboxName,
-    mailbox::{Fill, Header, MailboxError, PAGE_SIZE, Page, State, fill, offset},
-};
-use thiserror::Error;
+use identity::mailbox::{PAGE_SIZE, Page};
 
-use crate::Mailbox;
-
-/// Why nothing (or, for [`PatchError::Write`], not everything) was written. The machine must be destroyed.
-#[derive(Debug, Error)]
-pub enum PatchError {
-    /// The process does not map the file as it should.
-    #[error("the machine's process has no private mapping of its template's memory: {0}")]
-    Mapping(&'static str),
-    /// Its memory can not be reached.
-    #[error("the memory of the machine's process can not be reached")]
-    Open(#[source] io::Error),
-    /// A marker is not where the capture found it.
-    #[error("the marker of mailbox {name} is not where the template says ({reason}); build the template again")]
-    Marker {
-        /// The mailbox.
-        name: MailboxName,
-        /// What was found.
-        reason: String,
-    },
-    /// A payload does not fit.
-    #[error(transparent)]
-    Payload(#[from] MailboxError),
-    /// A write failed half-way.
-    #[error("writing the mailboxes failed")]
-    Write(#[source] io::Error),
-}
+use crate::{Letter, PatchError, PrivateMemory, fill_mailboxes};
 
 /// The memory of a guest as its machine's process maps it.
 #[derive(Debug)]
@@ -87,67 +58,40 @@ impl ProcessMemory {
     ///
     /// # Errors
     /// [`PatchError`]; after [`PatchError::Write`] the memory is half-written, and the process must be killed.
-    pub fn fill(&self, letters: &[(&Mailbox, &[u8], &AckKey)]) -> Result<(), PatchError> {
-        let mut plan: Vec<(u64, Fill)> = Vec::new();
-        for (mailbox, payload, ack_key) in letters {
-            let header = self.check(mailbox)?;
-            for part in fill(&header, payload, ack_key)? {
-                plan.push((self.address(mailbox, part.page_index)?, part));
-            }
-        }
-        let at = |address: u64, field: usize| address + field as u64;
-        for (address, part) in &plan {
-            self.memory
-                .write_all_at(part.tail.expose(), at(*address, offset::PAYLOAD_LEN))
-                .map_err(PatchError::Write)?;
-        }
-        // Page 0 of each mailbox is what its reader waits for, so it is last.
-        let filled = State::Filled.to_bytes();
-        for later in [true, false] {
-            for (address, _) in plan.iter().filter(|(_, part)| (part.page_index > 0) == later) {
-                self.memory.write_all_at(&filled, at(*address, offset::STATE)).map_err(PatchError::Write)?;
-            }
-        }
-        Ok(())
+    pub fn fill(&self, letters: &[Letter<'_>]) -> Result<(), PatchError> {
+        fill_mailboxes(self, letters)
     }
 
-    /// Whether every page of the mailbox is there, armed, and the one that was captured.
-    fn check(&self, mailbox: &Mailbox) -> Result<Header, PatchError> {
-        let marker = |reason: String| PatchError::Marker { name: mailbox.name.clone(), reason };
-        let mut first: Option<Header> = None;
-        for index in 0..mailbox.pages.len() {
-            let mut page: Page = [0; PAGE_SIZE];
-            self.memory.read_exact_at(&mut page, self.address(mailbox, index)?).map_err(PatchError::Open)?;
-            let header = Header::parse(&page).map_err(|error| marker(error.to_string()))?;
-            let right = header.name == mailbox.name
-                && header.nonce == mailbox.nonce
-                && header.capacity == mailbox.capacity
-                && header.page_count == mailbox.pages.len()
-                && header.page_index == index;
-            if !right {
-                return Err(marker("another mailbox is there".into()));
-            }
-            if header.state != State::Armed {
-                return Err(marker("it is not armed".into()));
-            }
-            first.get_or_insert(header);
-        }
-        first.ok_or_else(|| marker("it has no pages".into()))
-    }
-
-    fn address(&self, mailbox: &Mailbox, index: usize) -> Result<u64, PatchError> {
-        let offset = mailbox.pages.get(index).copied().unwrap_or(u64::MAX);
-        let whole = |range: &Range<u64>| {
-            offset.is_multiple_of(PAGE_SIZE as u64) && range.contains(&offset) && range.end - offset >= PAGE_SIZE as u64
-        };
+    /// The address of bytes that lie together in one mapping.
+    fn address(&self, offset: u64, len: u64) -> io::Result<u64> {
+        let whole = |range: &Range<u64>| range.contains(&offset) && range.end - offset >= len;
         self.mappings
             .iter()
             .find(|(range, _)| whole(range))
             .map(|(range, start)| start + (offset - range.start))
-            .ok_or_else(|| PatchError::Marker {
-                name: mailbox.name.clone(),
-                reason: "its place is outside of the memory".into(),
-            })
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "outside of the guest's memory"))
+    }
+}
+
+impl PrivateMemory for ProcessMemory {
+    fn size(&self) -> u64 {
+        self.mappings.last().map_or(0, |(range, _)| range.end)
+    }
+
+    fn read_pages(&self, offsets: &[u64]) -> io::Result<Vec<Page>> {
+        let read = |offset: &u64| {
+            let mut page: Page = [0; PAGE_SIZE];
+            self.memory.read_exact_at(&mut page, self.address(*offset, PAGE_SIZE as u64)?)?;
+            Ok(page)
+        };
+        offsets.iter().map(read).collect()
+    }
+
+    fn write_in_order(&self, writes: &[(u64, &[u8])]) -> io::Result<()> {
+        for (offset, bytes) in writes {
+            self.memory.write_all_at(bytes, self.address(*offset, bytes.len() as u64)?)?;
+        }
+        Ok(())
     }
 }
 
