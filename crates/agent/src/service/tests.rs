@@ -380,7 +380,8 @@ fn services_start_in_order_and_are_told_in_a_fork() {
         ready_line: "ready".into(),
         ..shell(name, script)
     };
-    let wait = "trap 'echo hup' HUP; echo ready as $OFFSHOOT_NAME; while :; do sleep 0.05; done";
+    // It waits in the shell itself: while dash starts a command (by vfork) a signal to it is lost.
+    let wait = "trap 'echo hup' HUP; echo ready as $OFFSHOOT_NAME; (trap '' HUP; exec sleep 100) & wait; wait";
     let services = vec![
         told("kept", OnFork::Keep, wait),
         Service { signal: "HUP".into(), ..told("signalled", OnFork::Signal, wait) },
