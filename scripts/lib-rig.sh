@@ -22,7 +22,7 @@ rig_cache() {
 
 # What runs outside.
 install_rig() {
-    install_missing qemu-system-x86 e2fsprogs mmdebstrap busybox-static cpio util-linux
+    install_missing qemu-system-x86 e2fsprogs mmdebstrap busybox-static cpio util-linux gcc libc6-dev
 }
 
 # The suite whose programs run what was compiled here.
