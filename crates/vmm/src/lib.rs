@@ -3,7 +3,9 @@
 pub mod bus;
 pub mod config;
 pub mod irq;
+pub mod kvm;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod snapshot;
 pub mod worker;
