@@ -14,4 +14,12 @@
 //! outside of a worker that does nothing. In the jail nothing can be opened by path, `/dev/kvm` included: it is inherited
 //! ([`crate::machine::DeviceFiles::kvm`]).
 
+mod jail;
+pub mod launch;
+pub mod protocol;
+mod run;
 pub mod seccomp;
+mod server;
+
+pub use run::{Loading, Source, main};
+pub use server::{End, Guest, ServeError, Server};

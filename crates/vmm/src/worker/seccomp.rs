@@ -43,7 +43,7 @@ pub enum SeccompError {
 static JAILED: AtomicBool = AtomicBool::new(false);
 
 /// Makes [`enter`] effective in this process, for good.
-pub fn arm() {
+pub(super) fn arm() {
     JAILED.store(true, Ordering::Release);
 }
 
