@@ -2,10 +2,12 @@
 
 pub mod bus;
 pub mod config;
+pub mod events;
 pub mod irq;
 pub mod kvm;
 pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod snapshot;
+pub mod virtio;
 pub mod worker;
