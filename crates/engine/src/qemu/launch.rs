@@ -1,12 +1,12 @@
 //! Starting QEMU's process with as little as it needs.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::{self, File, OpenOptions},
     io::{self, Read, Seek, SeekFrom},
     os::{
         fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
         unix::{
-            fs::OpenOptionsExt,
+            fs::{MetadataExt, OpenOptionsExt},
             net::{UnixListener, UnixStream},
             process::CommandExt,
         },
@@ -29,7 +29,7 @@ use super::{
     command::{CONTROL_CHANNELS, CommandLine},
     qmp::Qmp,
 };
-use crate::{AckStream, Confinement, EngineError, ProcessRef};
+use crate::{Accel, AckStream, Confinement, EngineError, ProcessRef};
 
 /// The monitor's socket in a machine's directory.
 pub const MONITOR_SOCKET: &str = "monitor.sock";
@@ -76,10 +76,12 @@ pub(super) struct Prepared {
     channels: [UnixListener; CONTROL_CHANNELS],
     /// Kept open for the process, besides the ones above.
     pub(super) others: Vec<File>,
+    /// The only group that the process has as another user.
+    device_group: Option<Gid>,
 }
 
 impl Prepared {
-    pub(super) fn new(dir: &Path, root_image: &Path, memory_file: &Path) -> Result<Self, EngineError> {
+    pub(super) fn new(accel: Accel, dir: &Path, root_image: &Path, memory_file: &Path) -> Result<Self, EngineError> {
         let file = |what, path: &Path, source| EngineError::File { what, path: path.into(), source };
         let dir_fd = open_dir(dir).map_err(|source| file("opening the machine's directory", dir, source))?;
         // All sockets are made here and handed over: the process needs no right to any directory. They are reached
@@ -109,6 +111,7 @@ impl Prepared {
             memory_dir: open_dir(memory_parent)
                 .map_err(|source| file("opening the template's directory", memory_parent, source))?,
             others: Vec::new(),
+            device_group: (accel == Accel::Kvm).then(device_group).flatten(),
         })
     }
 
@@ -193,7 +196,7 @@ pub(super) fn launch(
         .stdin(Stdio::null())
         .stdout(log.try_clone().map_err(control)?)
         .stderr(log);
-    confine(&mut command, prepared.inherited(), confinement, purpose);
+    confine(&mut command, &prepared, confinement, purpose);
     let child =
         command.spawn().map_err(|source| EngineError::Spawn { program: program.display().to_string(), source })?;
     let process = ProcessRef::of(child.id()).map_err(control)?;
@@ -284,6 +287,12 @@ impl ChildGuard {
     }
 }
 
+/// The group that may use `/dev/kvm`, which QEMU opens itself, as the user it runs as. `None` if everybody may or no group.
+fn device_group() -> Option<Gid> {
+    let device = fs::metadata("/dev/kvm").ok()?;
+    (device.mode() & 0o066 == 0o060).then(|| Gid::from_raw(device.gid()))
+}
+
 impl Drop for ChildGuard {
     fn drop(&mut self) {
         self.end();
@@ -291,7 +300,9 @@ impl Drop for ChildGuard {
 }
 
 #[allow(unsafe_code)]
-fn confine(command: &mut Command, inherited: Vec<RawFd>, confinement: &Confinement<'_>, purpose: Purpose) {
+fn confine(command: &mut Command, prepared: &Prepared, confinement: &Confinement<'_>, purpose: Purpose) {
+    let inherited = prepared.inherited();
+    let groups: Vec<Gid> = prepared.device_group.into_iter().collect();
     let user = confinement.user;
     let namespaces = confinement.namespaces;
     let cgroups: Vec<RawFd> = confinement.cgroups.iter().map(AsRawFd::as_raw_fd).collect();
@@ -319,7 +330,7 @@ fn confine(command: &mut Command, inherited: Vec<RawFd>, confinement: &Confineme
         }
         if let Some((uid, gid)) = user {
             // The groups first: without CAP_SETGID they could not be given up any more.
-            set_thread_groups(&[])?;
+            set_thread_groups(&groups)?;
             set_thread_gid(Gid::from_raw(gid))?;
             set_thread_uid(Uid::from_raw(uid))?;
         }

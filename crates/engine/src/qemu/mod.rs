@@ -118,7 +118,7 @@ impl QemuEngine {
                 source,
             })?;
         }
-        let mut prepared = Prepared::new(spec.dir, spec.root_image, spec.memory_file)?;
+        let mut prepared = Prepared::new(self.info.accel, spec.dir, spec.root_image, spec.memory_file)?;
         let kernel = prepared.open(spec.kernel)?;
         let initramfs = initramfs.map(|path| prepared.open(path)).transpose()?;
         let console = prepared.console(spec.dir)?;
@@ -186,7 +186,7 @@ impl Engine for QemuEngine {
 
 impl QemuEngine {
     fn load(&self, spec: &RestoreSpec<'_>, purpose: Purpose) -> Result<Qemu, EngineError> {
-        let mut prepared = Prepared::new(spec.dir, spec.root_image, spec.memory_file)?;
+        let mut prepared = Prepared::new(self.info.accel, spec.dir, spec.root_image, spec.memory_file)?;
         let state = prepared.open(spec.state_file)?;
         let usage = if self.read_only_template { MemoryUse::PrivateReadOnly } else { MemoryUse::Private };
         let line =
