@@ -108,7 +108,7 @@ impl Snapshot {
             return Err(HostError::Model { state: name(self.host.model()), host: name(host.model()) });
         }
         for vcpu in &self.vcpus {
-            check_features(&vcpu.cpuid, &host.features)?;
+            check_features(&vcpu.cpuid, &self.host.features, &host.features)?;
             if vcpu.sregs.has_page_directory_pointers() && !support.capabilities.sregs2 {
                 return Err(HostError::Capability("KVM_CAP_SREGS2"));
             }
@@ -140,22 +140,23 @@ impl Snapshot {
     }
 }
 
-/// Whether every feature the guest was told of is there.
-fn check_features(guest: &[kvm_cpuid_entry2], host: &[kvm_cpuid_entry2]) -> Result<(), HostError> {
+/// Whether every feature that the guest was told of, and that the host it was made on gave, is given here too. (A monitor may tell of
+/// features that KVM does not list as its own, and some KVMs show guests the whole of the processor: of those nothing can be asked.)
+fn check_features(
+    told: &[kvm_cpuid_entry2],
+    there: &[kvm_cpuid_entry2],
+    here: &[kvm_cpuid_entry2],
+) -> Result<(), HostError> {
     for (function, index, masks) in FEATURE_LEAVES {
         let find = |leaves: &[kvm_cpuid_entry2]| {
-            let entry = leaves
-                .iter()
-                .find(|entry| entry.function == function && entry.index == index)
-                .copied()
-                .unwrap_or_default();
-            [entry.eax, entry.ebx, entry.ecx, entry.edx]
+            let entry = leaves.iter().find(|entry| entry.function == function && entry.index == index);
+            entry.map_or([0; 4], |entry| [entry.eax, entry.ebx, entry.ecx, entry.edx])
         };
-        let registers = find(guest).into_iter().zip(find(host)).zip(masks).zip(["eax", "ebx", "ecx", "edx"]);
-        for (((told, there), mask), register) in registers {
-            let missing = told & !there & mask;
+        let (told, there, here) = (find(told), find(there), find(here));
+        for (register, name) in ["eax", "ebx", "ecx", "edx"].into_iter().enumerate() {
+            let missing = told[register] & there[register] & !here[register] & masks[register];
             if missing != 0 {
-                return Err(HostError::Features { function, index, register, missing });
+                return Err(HostError::Features { function, index, register: name, missing });
             }
         }
     }
