@@ -292,3 +292,113 @@ impl Shared {
         handler.host_event(HostEvent::Ready(key, readiness));
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::{io::Write, os::unix::net::UnixStream, sync::mpsc, time::Duration};
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+    /// Long enough for an event that should not come.
+    const MOMENT: Duration = Duration::from_millis(50);
+
+    struct Recorder(Mutex<mpsc::Sender<HostEvent>>);
+
+    impl EventHandler for Recorder {
+        fn host_event(&self, event: HostEvent) {
+            let _ = self.0.lock().unwrap().send(event);
+        }
+    }
+
+    fn recorder() -> (Arc<Recorder>, mpsc::Receiver<HostEvent>) {
+        let (sender, receiver) = mpsc::channel();
+        (Arc::new(Recorder(Mutex::new(sender))), receiver)
+    }
+
+    #[test]
+    fn a_hang_up_that_nobody_answers_is_told_once() {
+        let events = EventLoop::start(|| ()).unwrap();
+        let (handler, heard) = recorder();
+        let watcher = events.register(handler).unwrap();
+        events.resume();
+        let (mut theirs, ours) = UnixStream::pair().unwrap();
+        watcher.add(&ours, 7).unwrap();
+        let first = heard.recv_timeout(PATIENCE).unwrap();
+        assert_eq!(first, HostEvent::Ready(7, Readiness { readable: false, writable: true, hang_up: false }));
+        theirs.write_all(b"unread").unwrap();
+        drop(theirs);
+        let mut last = heard.recv_timeout(PATIENCE).unwrap();
+        while let Ok(event) = heard.recv_timeout(MOMENT) {
+            last = event;
+        }
+        assert_eq!(last, HostEvent::Ready(7, Readiness { readable: true, writable: true, hang_up: true }));
+        assert!(heard.recv_timeout(MOMENT).is_err());
+    }
+
+    #[test]
+    fn a_paused_loop_calls_nobody_and_forgets_nothing() {
+        let events = EventLoop::start(|| ()).unwrap();
+        let (handler, heard) = recorder();
+        let watcher = events.register(handler).unwrap();
+        watcher.request();
+        assert!(heard.recv_timeout(MOMENT).is_err());
+        events.resume();
+        assert_eq!(heard.recv_timeout(PATIENCE).unwrap(), HostEvent::Requested);
+        events.pause();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        watcher.add(&ours, 1).unwrap();
+        watcher.request();
+        assert!(heard.recv_timeout(MOMENT).is_err());
+        events.resume();
+        let two = [heard.recv_timeout(PATIENCE).unwrap(), heard.recv_timeout(PATIENCE).unwrap()];
+        assert!(two.contains(&HostEvent::Requested));
+        drop(theirs);
+    }
+
+    /// A handler that asks for another call in every call.
+    struct Busy(Mutex<Option<Watcher>>, AtomicU64);
+
+    impl EventHandler for Busy {
+        fn host_event(&self, _event: HostEvent) {
+            self.1.fetch_add(1, Ordering::Relaxed);
+            if let Some(watcher) = &*self.0.lock().unwrap() {
+                watcher.request();
+            }
+        }
+    }
+
+    #[test]
+    fn a_busy_handler_keeps_neither_the_others_nor_a_pause_waiting() {
+        let events = EventLoop::start(|| ()).unwrap();
+        let busy = Arc::new(Busy(Mutex::new(None), AtomicU64::new(0)));
+        let watcher = events.register(busy.clone()).unwrap();
+        *busy.0.lock().unwrap() = Some(watcher.clone());
+        let (handler, heard) = recorder();
+        let other = events.register(handler).unwrap();
+        events.resume();
+        watcher.request();
+        for _ in 0..100 {
+            other.request();
+            assert_eq!(heard.recv_timeout(PATIENCE).unwrap(), HostEvent::Requested);
+            events.pause();
+            let count = busy.1.load(Ordering::Relaxed);
+            thread::yield_now();
+            assert_eq!(busy.1.load(Ordering::Relaxed), count);
+            events.resume();
+        }
+        drop(events);
+        let count = busy.1.load(Ordering::Relaxed);
+        assert!(count > 0);
+    }
+
+    #[test]
+    fn handlers_are_dropped_with_the_loop() {
+        let events = EventLoop::start(|| ()).unwrap();
+        let busy = Arc::new(Busy(Mutex::new(None), AtomicU64::new(0)));
+        *busy.0.lock().unwrap() = Some(events.register(busy.clone()).unwrap());
+        drop(events);
+        assert_eq!(Arc::strong_count(&busy), 1);
+    }
+}

@@ -266,8 +266,9 @@ impl VirtioDevice for Console {
 
     fn restored(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
         let mut progress = Progress::Done;
-        for port in self.ports.iter_mut().filter(|port| port.is_pipe()) {
-            // What a full pipe did not take then.
+        for port in &mut self.ports {
+            // What a full pipe did not take then, it takes now. What was for a host of the template's is not for whoever
+            // connects to the fork.
             if port.transmit(queues)? == Progress::More {
                 progress = Progress::More;
             }

@@ -122,11 +122,6 @@ impl Port {
         }
     }
 
-    /// Whether the host's side is there without anybody having to connect.
-    pub(super) fn is_pipe(&self) -> bool {
-        matches!(self.end, End::Pipe(_))
-    }
-
     fn receive_queue(&self) -> u16 {
         u16::try_from(2 * self.number + 2).unwrap_or(u16::MAX)
     }
