@@ -54,7 +54,10 @@ pub const VIRTIO_SLOTS: u32 = 18;
 /// Interrupt that tells the guest of a new generation.
 pub const GENERATION_GSI: u32 = 23;
 
-/// First serial port, its bytes of ports, its interrupt.
+/// Port by which the guest says that it has a driver for the generation identifier.
+pub const GENERATION_PORT: u16 = 0x600;
+
+/// First serial port.
 pub const SERIAL_PORT: u64 = 0x3f8;
 /// Ports of the serial device.
 pub const SERIAL_PORTS: u64 = 8;

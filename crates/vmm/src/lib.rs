@@ -1,7 +1,10 @@
 //! The embedded KVM virtual machine monitor: what boots, captures and restores one guest, in one process.
 
+pub mod boot;
 pub mod bus;
 pub mod config;
+pub mod devices;
+pub mod ending;
 pub mod events;
 pub mod irq;
 pub mod kvm;
