@@ -10,14 +10,19 @@ rig_modules="virtio_ring virtio virtio_mmio virtio_blk overlay"
 # Changes with everything that makes another root file system.
 rig_format=1
 
-rig_cache() {
+# Where offshoot has its cache.
+cache_folder() {
     if [ -n "${OFFSHOOT_CACHE_DIR:-}" ]; then
-        echo "$OFFSHOOT_CACHE_DIR/rig"
+        echo "$OFFSHOOT_CACHE_DIR"
     elif [ "$(id -u)" -eq 0 ]; then
-        echo /var/cache/offshoot/rig
+        echo /var/cache/offshoot
     else
-        echo "${XDG_CACHE_HOME:-$HOME/.cache}/offshoot/rig"
+        echo "${XDG_CACHE_HOME:-$HOME/.cache}/offshoot"
     fi
+}
+
+rig_cache() {
+    echo "$(cache_folder)/rig"
 }
 
 # What runs outside.
@@ -105,4 +110,28 @@ fill_rig() {
     truncate -s 2G "$rig_work/rig/root.ext4" || return 1
     # Root reads the tree, whose files are not all for everybody.
     $as_root mke2fs -q -t ext4 -m 0 -O ^has_journal -d "$rig_work/root" "$rig_work/rig/root.ext4"
+}
+
+# test_in_rig [FILTER]: runs the compiled tests of the whole system in the rig. What templates are made from is downloaded
+# outside; the templates stay on a disk of the rig's for the next run.
+test_in_rig() {
+    kept=$(cache_folder)
+    if ! ls "$kept"/kernel/*/vmlinuz "$kept"/rootfs/debian-*.tar >/dev/null 2>&1; then
+        home=$(mktemp -d)
+        OFFSHOOT_DATA_DIR=$home/data OFFSHOOT_STATE_DIR=$home/state "$offshoot_bin/offshoot" build python --tag fetched --quiet
+        rm -rf "$home"
+    fi
+    tests=$(cargo test -p offshoot-tests --test system --no-run --message-format json \
+        | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
+    [ -n "$tests" ] || setup_fail "The tests of the whole system could not be built; see the lines above."
+    set -- "$tests" --test-threads "${OFFSHOOT_TEST_THREADS:-1}" "$@"
+    # Folders that the tests read, and what was downloaded.
+    for path in tests recipes examples docs crates/host/src; do
+        set -- --file "$offshoot_source/$path" "$@"
+    done
+    for path in "$kept"/kernel "$kept"/rootfs/debian-*.tar; do
+        set -- --file "$path:/var/cache/offshoot${path#"$kept"}" "$@"
+    done
+    "$offshoot_source/scripts/rig" run --timeout "${OFFSHOOT_RIG_TIMEOUT:-5400}" --memory 6G --disk tests \
+        --env OFFSHOOT_TEST_DIR=/kept "$@"
 }
