@@ -1,6 +1,6 @@
 # Shell functions that make what the nested rig boots: a kernel and a root file system, in offshoot's cache. To be sourced
 # after lib-setup.sh, by a POSIX shell.
-# shellcheck shell=sh
+# shellcheck shell=sh disable=SC2154
 
 # In the root file system: what the tests of the whole system use, and other programs to compare with. busybox brings
 # `reboot`; gcc compiles the recipes' programs.
