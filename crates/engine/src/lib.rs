@@ -12,12 +12,16 @@
 //! A [`PausedVm`] or [`SealedVm`] that is dropped takes its process with it.
 
 mod ack_stream;
+pub mod kvm;
+mod machine_dir;
+mod machine_process;
 pub mod process;
 pub mod qemu;
 mod spec;
 mod vm;
 
 pub use ack_stream::AckStream;
+pub use machine_dir::{CONSOLE, CONTROL_CHANNELS, LOG, MONITOR_SOCKET};
 pub use process::ProcessRef;
 pub use spec::{Accel, BootSpec, Capabilities, Confinement, EngineInfo, EngineName, Machine, RestoreSpec};
 pub use vm::{BootedVm, DeliverError, Letter, PausedVm, RunningVm, SealedVm, SpareVm};
@@ -36,6 +40,15 @@ pub enum EngineError {
         program: String,
         /// The Debian package that has it.
         package: &'static str,
+    },
+    /// The worker's program is not there.
+    #[error(
+        "offshoot-vmm was not found (looked for {}); build it with: cargo build --release -p offshoot-vmm — and name it in OFFSHOOT_VMM",
+        list(places)
+    )]
+    NoWorker {
+        /// Where it was looked for.
+        places: Vec<PathBuf>,
     },
     /// The program could not be started.
     #[error("{program} could not be started")]
@@ -90,6 +103,10 @@ pub enum EngineError {
         #[source]
         source: io::Error,
     },
+}
+
+fn list(paths: &[PathBuf]) -> String {
+    paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
 }
 
 /// Something that runs sandboxes.

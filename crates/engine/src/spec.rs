@@ -10,12 +10,15 @@ use serde::{Deserialize, Serialize};
 pub enum EngineName {
     /// QEMU from the distribution.
     Qemu,
+    /// Our own virtual machine monitor on KVM.
+    Kvm,
 }
 
 impl fmt::Display for EngineName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Qemu => "qemu",
+            Self::Kvm => "kvm",
         })
     }
 }

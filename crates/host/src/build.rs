@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use engine::{Accel, AckStream, BootSpec, Engine, EngineError, Machine, qemu::CONSOLE};
+use engine::{Accel, AckStream, BootSpec, CONSOLE, Engine, EngineError, Machine};
 use guest_api::proto;
 use identity::{MailboxName, Tag};
 use memory::{ExpectedMailbox, PlantedBy};

@@ -5,17 +5,10 @@
 
 use std::{ffi::OsString, os::fd::RawFd};
 
-use crate::{Accel, Machine};
-
-/// Number of control channels, hence of host processes that can talk to one fork at a time.
-pub const CONTROL_CHANNELS: usize = 8;
-
-/// The kernel's command line.
-///
-/// `tsc=reliable`, `no_timer_check` and `rcu_expedited` shorten the boot under emulation; `psi=0 nowatchdog` keep work
-/// out of a fork's first milliseconds; `lsm=` leaves out the hooks of policies that nobody loads; `panic=-1` with QEMU's `-no-reboot` turns a dead guest into an ended process.
-const KERNEL_COMMAND_LINE: &str = "console=ttyS0 quiet reboot=t panic=-1 tsc=reliable no_timer_check mitigations=off \
-    random.trust_cpu=on cryptomgr.notests 8250.nr_uarts=1 audit=0 rcupdate.rcu_expedited=1 nowatchdog psi=0 lsm=landlock,yama";
+use crate::{
+    Accel, Machine,
+    machine_dir::{CONTROL_CHANNELS, KERNEL_COMMAND_LINE},
+};
 
 /// Numbers of descriptors that the process inherits.
 #[derive(Debug, Clone, Copy)]

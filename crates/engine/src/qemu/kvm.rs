@@ -62,5 +62,5 @@ fn boots(kernel: &Path, dir: &Path) -> Result<(), String> {
         confinement: Confinement::default(),
     };
     let mut qemu = engine.launch_boot(&spec, None, "").map_err(|error| error.to_string())?;
-    qemu.wait_end(BOOT_LIMIT).map_err(|error| error.to_string())
+    qemu.machine.wait_end(BOOT_LIMIT).map_err(|error| error.to_string())
 }

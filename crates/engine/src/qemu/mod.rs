@@ -12,10 +12,10 @@ mod tsc;
 
 use std::{
     fmt::Write as _,
-    fs::{self, File, OpenOptions},
+    fs::{self, File},
     os::{
         fd::{AsFd, RawFd},
-        unix::fs::{MetadataExt, OpenOptionsExt},
+        unix::fs::MetadataExt,
     },
     path::{Path, PathBuf},
     process::Command,
@@ -25,17 +25,16 @@ use std::{
 use memory::ProcessMemory;
 use serde_json::{Value, json};
 
-pub use command::CONTROL_CHANNELS;
 pub use kvm::{KvmState, kvm_state};
-pub use launch::{CONSOLE, LOG, MONITOR_SOCKET};
 
 use crate::{
     Accel, AckStream, BootSpec, BootedVm, Capabilities, DeliverError, Engine, EngineError, EngineInfo, EngineName,
-    Letter, PausedVm, ProcessRef, RestoreSpec, RunningVm, SpareVm,
+    Letter, PausedVm, ProcessRef, RestoreSpec, RunningVm, SpareVm, machine_dir,
+    machine_process::Purpose,
     vm::{PausedBackend, SpareBackend},
 };
 use command::{CommandLine, MemoryUse};
-use launch::{Prepared, Purpose, Qemu};
+use launch::{Prepared, Qemu};
 
 /// The program.
 pub const PROGRAM: &str = "qemu-system-x86_64";
@@ -102,22 +101,7 @@ impl QemuEngine {
     }
 
     fn launch_boot(&self, spec: &BootSpec<'_>, initramfs: Option<&Path>, extra: &str) -> Result<Qemu, EngineError> {
-        // Made here, with the caller's rights, so that the machine's process needs none to the directory.
-        let memory = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(spec.memory_file)
-            .and_then(|file| file.set_len(spec.machine.memory_bytes).map(|()| file))
-            .map_err(|source| EngineError::File { what: "making", path: spec.memory_file.into(), source })?;
-        if let Some((uid, gid)) = spec.confinement.user {
-            std::os::unix::fs::fchown(&memory, Some(uid), Some(gid)).map_err(|source| EngineError::File {
-                what: "handing over",
-                path: spec.memory_file.into(),
-                source,
-            })?;
-        }
+        machine_dir::make_memory_file(spec.memory_file, spec.machine.memory_bytes, spec.confinement.user)?;
         let mut prepared = Prepared::new(self.info.accel, spec.dir, spec.root_image, spec.memory_file)?;
         let kernel = prepared.open(spec.kernel)?;
         let initramfs = initramfs.map(|path| prepared.open(path)).transpose()?;
@@ -161,7 +145,7 @@ impl Engine for QemuEngine {
     }
 
     fn restore(&self, spec: &RestoreSpec<'_>) -> Result<PausedVm, EngineError> {
-        let memory = open_memory(spec)?;
+        let memory = machine_dir::open(spec.memory_file)?;
         let qemu = self.load(spec, Purpose::Fork)?;
         Ok(PausedVm::new(Box::new(Paused { qemu, memory, size: spec.machine.memory_bytes, opened: None })))
     }
@@ -171,7 +155,7 @@ impl Engine for QemuEngine {
     }
 
     fn adopt(&self, spec: &RestoreSpec<'_>, process: &ProcessRef) -> Result<PausedVm, EngineError> {
-        let memory = open_memory(spec)?;
+        let memory = machine_dir::open(spec.memory_file)?;
         let size = spec.machine.memory_bytes;
         // Asked before anything else: a host that lets only a parent write to a process' memory says so here, and the
         // caller starts a machine of its own.
@@ -197,14 +181,6 @@ impl QemuEngine {
             Err(error) => Err(qemu.explain(error, LOADING)),
         }
     }
-}
-
-fn open_memory(spec: &RestoreSpec<'_>) -> Result<File, EngineError> {
-    File::open(spec.memory_file).map_err(|source| EngineError::File {
-        what: "opening",
-        path: spec.memory_file.into(),
-        source,
-    })
 }
 
 /// Loads the device state from a descriptor that the process has. The capability can only be set once the monitor is
@@ -245,11 +221,11 @@ struct Booted(Qemu);
 
 impl BootedVm for Booted {
     fn process(&self) -> &ProcessRef {
-        &self.0.process
+        &self.0.machine.process
     }
 
     fn ack_stream(&self) -> &AckStream {
-        &self.0.ack
+        &self.0.machine.ack
     }
 
     fn pause(&mut self) -> Result<(), EngineError> {
@@ -261,13 +237,7 @@ impl BootedVm for Booted {
     fn capture(mut self: Box<Self>, state_file: &Path) -> Result<(), EngineError> {
         let during = "saving the template";
         let qemu = &mut self.0;
-        let state = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(state_file)
-            .map_err(|source| EngineError::File { what: "making", path: state_file.into(), source })?;
+        let state = machine_dir::make_state_file(state_file)?;
         let mut save = || {
             // Unlimited: the default of 128 MiB/s is meant for networks.
             let bandwidth = json!({ "max-bandwidth": u64::MAX >> 1 });
@@ -279,7 +249,7 @@ impl BootedVm for Booted {
             qemu.qmp.run(during, "quit", Value::Null, COMMAND_LIMIT)
         };
         match save() {
-            Ok(_) => self.0.wait_end(COMMAND_LIMIT),
+            Ok(_) => self.0.machine.wait_end(COMMAND_LIMIT),
             Err(error) => Err(self.0.explain(error, during)),
         }
     }
@@ -299,23 +269,23 @@ struct Spare(Qemu);
 
 impl SpareBackend for Spare {
     fn process(&self) -> &ProcessRef {
-        &self.0.process
+        &self.0.machine.process
     }
 
     fn release(self: Box<Self>) {
-        let _ = self.0.release();
+        let _ = self.0.machine.release();
     }
 }
 
 impl PausedBackend for Paused {
     fn process(&self) -> &ProcessRef {
-        &self.qemu.process
+        &self.qemu.machine.process
     }
 
     fn patch(&mut self, letters: &[Letter<'_>]) -> Result<(), DeliverError> {
         let memory = match self.opened.take() {
             Some(opened) => opened,
-            None => ProcessMemory::open(self.qemu.process.pid, &self.memory, self.size)?,
+            None => ProcessMemory::open(self.qemu.machine.process.pid, &self.memory, self.size)?,
         };
         let letters: Vec<_> =
             letters.iter().map(|letter| (letter.mailbox, letter.payload.expose(), &letter.ack_key)).collect();
@@ -327,8 +297,9 @@ impl PausedBackend for Paused {
         let during = "letting the fork run";
         match self.qemu.qmp.run(during, "cont", Value::Null, COMMAND_LIMIT) {
             Ok(_) => {
-                let ack_stream = self.qemu.ack.try_clone().map_err(|source| EngineError::Control { during, source })?;
-                let (child, process) = self.qemu.release();
+                let ack_stream =
+                    self.qemu.machine.ack.try_clone().map_err(|source| EngineError::Control { during, source })?;
+                let (child, process) = self.qemu.machine.release();
                 Ok(RunningVm { process, ack_stream, child })
             }
             Err(error) => Err(self.qemu.explain(error, during)),

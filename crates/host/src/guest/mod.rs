@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use engine::qemu::CONTROL_CHANNELS;
+use engine::CONTROL_CHANNELS;
 use guest_api::{
     proto::{
         EvalReply, EvalRequest, LogChunk, LogsRequest, PingReply, PingRequest, QuiesceReply, QuiesceRequest,

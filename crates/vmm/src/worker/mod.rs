@@ -21,5 +21,8 @@ mod run;
 pub mod seccomp;
 mod server;
 
+/// Version of this program.
+pub const BUILD: &str = env!("CARGO_PKG_VERSION");
+
 pub use run::{Loading, Source, main};
 pub use server::{End, Guest, ServeError, Server};

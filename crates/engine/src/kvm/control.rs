@@ -1,0 +1,178 @@
+//! The host's end of a worker's control socket.
+
+use std::{
+    io::{self, IoSlice, Read, Write as _},
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::net::UnixStream,
+    },
+    time::Duration,
+};
+
+use identity::mailbox::{PAGE_SIZE, Page};
+use memory::PrivateMemory;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use vmm::worker::protocol::{Frame, FrameError, Phase, Range, Reply, Request, Write};
+
+use crate::EngineError;
+
+/// A connection to a worker.
+#[derive(Debug)]
+pub(super) struct Control(UnixStream);
+
+/// Why a worker did not do what it was asked.
+#[derive(Debug)]
+pub(super) enum ControlError {
+    /// The connection broke, or its other end does not keep to the protocol.
+    Broken(io::Error),
+    /// No answer in time.
+    Late(Duration),
+    /// It refused.
+    Refused(String),
+}
+
+impl ControlError {
+    pub(super) fn during(self, during: &'static str) -> EngineError {
+        match self {
+            Self::Broken(source) => EngineError::Control { during, source },
+            Self::Late(limit) => EngineError::Timeout { during, limit },
+            Self::Refused(reason) => EngineError::Refused { during, reason },
+        }
+    }
+
+    fn into_io(self) -> io::Error {
+        match self {
+            Self::Broken(error) => error,
+            Self::Late(_) => io::ErrorKind::TimedOut.into(),
+            Self::Refused(reason) => io::Error::other(reason),
+        }
+    }
+}
+
+impl From<FrameError> for ControlError {
+    fn from(error: FrameError) -> Self {
+        match error {
+            FrameError::Io(error) => Self::Broken(error),
+            error => Self::Broken(io::Error::new(io::ErrorKind::InvalidData, error)),
+        }
+    }
+}
+
+impl Control {
+    pub(super) fn new(stream: UnixStream) -> Self {
+        Self(stream)
+    }
+
+    /// Where the machine is in its life, and how many bytes of memory it has. Answered once it is loaded.
+    pub(super) fn status(&self, limit: Duration) -> Result<(Phase, u64), ControlError> {
+        match self.ask(&Request::Status, None, limit)?.as_reply()? {
+            Reply::Status { phase, memory_bytes } => Ok((phase, memory_bytes)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Anything that is just done.
+    pub(super) fn run(
+        &self,
+        request: &Request<'_>,
+        descriptor: Option<BorrowedFd<'_>>,
+        limit: Duration,
+    ) -> Result<(), ControlError> {
+        match self.ask(request, descriptor, limit)?.as_reply()? {
+            Reply::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    fn ask(
+        &self,
+        request: &Request<'_>,
+        descriptor: Option<BorrowedFd<'_>>,
+        limit: Duration,
+    ) -> Result<Frame, ControlError> {
+        let set = |limit| self.0.set_read_timeout(Some(limit)).and_then(|()| self.0.set_write_timeout(Some(limit)));
+        set(limit).map_err(ControlError::Broken)?;
+        let late = |error: io::Error| match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => ControlError::Late(limit),
+            _ => ControlError::Broken(error),
+        };
+        let frame = Frame::request(request)?;
+        self.send(frame.bytes(), descriptor).map_err(late)?;
+        let mut length = [0; size_of::<u32>()];
+        (&self.0).read_exact(&mut length).map_err(late)?;
+        let reply = Frame::receive(length, &mut &self.0).map_err(|error| match error {
+            FrameError::Io(error) => late(error),
+            error => error.into(),
+        })?;
+        if let Reply::Refused(reason) = reply.as_reply()? {
+            let plain = reason.chars().map(|character| if character.is_control() { ' ' } else { character });
+            return Err(ControlError::Refused(plain.take(500).collect()));
+        }
+        Ok(reply)
+    }
+
+    fn send(&self, bytes: &[u8], descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        let sent = match descriptor {
+            None => 0,
+            Some(descriptor) => {
+                let descriptors = [descriptor];
+                let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+                let mut ancillary = SendAncillaryBuffer::new(&mut space);
+                ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
+                sendmsg(self.0.as_fd(), &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)?
+            }
+        };
+        (&self.0).write_all(bytes.get(sent..).unwrap_or_default())
+    }
+}
+
+fn unexpected(reply: &Reply<'_>) -> ControlError {
+    let kind = match reply {
+        Reply::Status { .. } => "a status",
+        Reply::Bytes(_) => "bytes",
+        Reply::Done => "that it was done",
+        Reply::Refused(_) => "a refusal",
+    };
+    ControlError::Broken(io::Error::new(io::ErrorKind::InvalidData, format!("it answered {kind}")))
+}
+
+/// A worker's machine that has never run, as memory.
+#[derive(Debug)]
+pub(super) struct WorkerMemory<'a> {
+    pub(super) control: &'a Control,
+    pub(super) size: u64,
+    pub(super) limit: Duration,
+}
+
+/// Pages read with one request.
+const PAGES_AT_ONCE: usize = 256;
+
+impl PrivateMemory for WorkerMemory<'_> {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_pages(&self, offsets: &[u64]) -> io::Result<Vec<Page>> {
+        let mut pages = Vec::with_capacity(offsets.len());
+        for offsets in offsets.chunks(PAGES_AT_ONCE) {
+            #[allow(clippy::cast_possible_truncation)]
+            let ranges = offsets.iter().map(|&offset| Range { offset, len: PAGE_SIZE as u32 }).collect();
+            let reply = self.control.ask(&Request::Read(ranges), None, self.limit).map_err(ControlError::into_io)?;
+            let reply = reply.as_reply().map_err(|error| ControlError::from(error).into_io())?;
+            match reply {
+                Reply::Bytes(bytes) if bytes.len() == offsets.len() * PAGE_SIZE => {
+                    pages.extend(bytes.as_chunks::<PAGE_SIZE>().0);
+                }
+                other => return Err(unexpected(&other).into_io()),
+            }
+        }
+        Ok(pages)
+    }
+
+    /// In one request: all or nothing.
+    fn write_in_order(&self, writes: &[(u64, &[u8])]) -> io::Result<()> {
+        let writes = writes.iter().map(|&(offset, bytes)| Write { offset, bytes }).collect();
+        self.control.run(&Request::Deliver(writes), None, self.limit).map_err(ControlError::into_io)
+    }
+}
