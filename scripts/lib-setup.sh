@@ -4,7 +4,7 @@
 
 offshoot_source=${offshoot_source:-$(git rev-parse --show-toplevel 2>/dev/null || pwd)}
 offshoot_target=x86_64-unknown-linux-gnu
-# Both programs side by side, so that the command line finds its agent.
+# All programs side by side, so that the command line finds its agent and its worker.
 offshoot_bin=$offshoot_source/target/offshoot-bin
 # Features to build them with; those that run tests set them.
 agent_features=
@@ -81,11 +81,13 @@ build_agent() {
     strip --strip-debug "$offshoot_bin/offshoot-agent"
 }
 
-# build_offshoot [PROFILE]: both programs, into $offshoot_bin.
+# build_offshoot [PROFILE]: all programs, into $offshoot_bin.
 build_offshoot() {
     profile=${1:-release}
     build_agent "$profile"
-    (cd "$offshoot_source" && cargo build --profile "$profile" -p offshoot-cli --features "$cli_features") \
+    (cd "$offshoot_source" && cargo build --profile "$profile" -p offshoot-cli --features "$cli_features" \
+        && cargo build --profile "$profile" -p offshoot-vmm) \
         || setup_fail "offshoot could not be built; see the lines above."
     copy_program "$offshoot_source/target/$(profile_folder "$profile")/offshoot" offshoot
+    copy_program "$offshoot_source/target/$(profile_folder "$profile")/offshoot-vmm" offshoot-vmm
 }

@@ -113,9 +113,21 @@ pub struct Build {
     /// Guest kernel [default: the distribution's, unpacked into the cache]
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
+    /// What runs the template and its forks [default: kvm where a probe shows that it works, else qemu]
+    #[arg(long, value_name = "ENGINE")]
+    pub engine: Option<EngineArg>,
     /// What executes the guest [default: kvm where a probe shows that it works, else tcg]
     #[arg(long, value_name = "ACCEL")]
     pub accel: Option<AccelArg>,
+}
+
+/// What runs a template and its forks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum EngineArg {
+    /// offshoot's own machine monitor; needs hardware virtualisation
+    Kvm,
+    /// QEMU from the distribution
+    Qemu,
 }
 
 /// What executes the guest's code.

@@ -13,6 +13,7 @@
 
 mod ack_stream;
 pub mod kvm;
+mod kvm_state;
 mod machine_dir;
 mod machine_process;
 pub mod process;
@@ -21,6 +22,7 @@ mod spec;
 mod vm;
 
 pub use ack_stream::AckStream;
+pub use kvm_state::{KvmState, obstacle};
 pub use machine_dir::{CONSOLE, CONTROL_CHANNELS, LOG, MONITOR_SOCKET};
 pub use process::ProcessRef;
 pub use spec::{Accel, BootSpec, Capabilities, Confinement, EngineInfo, EngineName, Machine, RestoreSpec};

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use engine::{Accel, AckStream, BootSpec, CONSOLE, Engine, EngineError, Machine};
+use engine::{AckStream, BootSpec, CONSOLE, Engine, EngineError, Machine};
 use guest_api::proto;
 use identity::{MailboxName, Tag};
 use memory::{ExpectedMailbox, PlantedBy};
@@ -14,7 +14,9 @@ use store::{Building, Manifest, Store, StoreError};
 use thiserror::Error;
 
 use crate::{
-    confine, engines, fault,
+    confine,
+    engines::{self, ChoiceError, Forced},
+    fault,
     guest::{GuestChannel, GuestError},
     home::Home,
     image::{initramfs, kernel, rootfs},
@@ -43,8 +45,8 @@ pub struct BuildRequest {
     pub vcpus: Option<u32>,
     /// A kernel instead of the distribution's.
     pub kernel: Option<PathBuf>,
-    /// What executes the guest, instead of what a probe finds.
-    pub accel: Option<Accel>,
+    /// Engine and acceleration, instead of what probes find.
+    pub forced: Forced,
 }
 
 /// Why a template was not built. Nothing of it is left.
@@ -77,6 +79,9 @@ pub enum BuildError {
     /// No initramfs.
     #[error("the initramfs could not be made")]
     Initramfs(#[from] initramfs::InitramfsError),
+    /// No engine.
+    #[error(transparent)]
+    NoEngine(#[from] ChoiceError),
     /// The machine.
     #[error("the template's machine failed{}", console_text(console))]
     Engine {
@@ -139,14 +144,13 @@ pub fn build(
     let kernel = kernel::ensure(&home.cache, request.kernel.as_deref(), progress)?;
     let root = rootfs::ensure(&home.cache, &recipe, progress)?;
     let initramfs = initramfs::build(&home.cache, &initramfs::agent_binary()?, &kernel)?;
-    let engine = engines::for_build(home, request.accel, &kernel.image)
-        .map_err(|source| BuildError::Engine { source, console: String::new() })?;
+    let engine = engines::for_build(home, request.forced, &kernel.image)?;
     fault::point("build.images", None).map_err(file("making the images"))?;
     link_or_copy(&root.path, &building.root_image()).map_err(file("copying the root image"))?;
 
     let run = building.dir().join("run");
     fs::create_dir(&run).map_err(file("making the machine's directory"))?;
-    let attempt = Attempt { run: &run, building: &building, engine: &engine, machine, recipe: &recipe };
+    let attempt = Attempt { run: &run, building: &building, engine: engine.as_ref(), machine, recipe: &recipe };
     let captured = attempt.boot_and_capture(&kernel.image, &initramfs, progress)?;
     fault::point("build.captured", None).map_err(file("the capture"))?;
 
@@ -215,7 +219,11 @@ impl Attempt<'_> {
         initramfs: &Path,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Captured, BuildError> {
-        progress(Progress::step(format!("booting the guest ({})", self.engine.info().accel)));
+        progress(Progress::step(format!(
+            "booting the guest ({} {})",
+            self.engine.info().name,
+            self.engine.info().accel
+        )));
         let mut vm = self
             .engine
             .boot(&BootSpec {

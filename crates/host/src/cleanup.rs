@@ -17,7 +17,7 @@ use store::Store;
 use crate::{
     forks,
     home::Home,
-    limits,
+    limits, machines,
     record::{self, Entry},
 };
 
@@ -195,13 +195,10 @@ fn holders(dir: &Path) -> io::Result<Vec<ProcessRef>> {
     for entry in fs::read_dir("/proc")?.flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
         // A shell whose user went there is not ours; an engine is.
-        let is_engine = fs::read_to_string(entry.path().join("comm")).is_ok_and(|comm| comm.starts_with("qemu-system"));
-        if pid == std::process::id() || !is_engine {
+        if pid == std::process::id() || !machines::is_machine(pid) {
             continue;
         }
-        let inside = |link: PathBuf| fs::read_link(link).is_ok_and(|target| target.starts_with(&dir));
-        let open = || fs::read_dir(entry.path().join("fd")).into_iter().flatten().flatten().any(|fd| inside(fd.path()));
-        if (inside(entry.path().join("cwd")) || open())
+        if machines::places(pid).any(|place| place.starts_with(&dir))
             && let Ok(process) = ProcessRef::of(pid)
         {
             found.push(process);

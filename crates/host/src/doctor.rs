@@ -2,10 +2,7 @@
 
 use std::{fs, path::Path};
 
-use engine::{
-    Accel, Engine,
-    qemu::{KvmState, QemuEngine},
-};
+use engine::{Accel, Engine, EngineName, KvmState, kvm, qemu::QemuEngine};
 use serde::Serialize;
 
 use crate::{engines, home::Home, limits};
@@ -38,7 +35,7 @@ pub struct Finding {
 /// Looks at everything.
 #[must_use]
 pub fn run(home: &Home) -> Vec<Finding> {
-    let mut findings = vec![engine(), acceleration(home)];
+    let mut findings = vec![qemu(), acceleration(home), worker(home)];
     findings.push(agent());
     findings.extend([
         program("mke2fs", "e2fsprogs", "makes root images"),
@@ -52,7 +49,7 @@ pub fn run(home: &Home) -> Vec<Finding> {
     findings
 }
 
-fn engine() -> Finding {
+fn qemu() -> Finding {
     match QemuEngine::find(Accel::Tcg) {
         Ok(engine) => {
             let version = &engine.info().version;
@@ -71,12 +68,31 @@ fn engine() -> Finding {
 }
 
 fn acceleration(home: &Home) -> Finding {
-    match engines::probe_kvm(home, newest_kernel(home).as_deref()) {
-        KvmState::Works => ok("kvm", "a kernel boots on it; new templates use it".into()),
+    match engines::probe(home, EngineName::Qemu, newest_kernel(home).as_deref()) {
+        KvmState::Works => ok("kvm", "a kernel boots on it".into()),
         KvmState::Unusable(reason) => warn(
             "kvm",
-            format!("{reason}; new templates use emulation (tcg)"),
+            format!("{reason}; new templates use emulation (qemu tcg)"),
             "nothing, unless this machine has hardware virtualisation: then see its firmware settings and the permissions of /dev/kvm",
+        ),
+    }
+}
+
+/// The engine `kvm`.
+fn worker(home: &Home) -> Finding {
+    let name = "kvm engine";
+    let program = match kvm::program() {
+        Ok(program) => program,
+        Err(error) => {
+            return warn(name, error.to_string(), "nothing, unless this machine has KVM: scripts/demo builds it");
+        }
+    };
+    match engines::probe(home, EngineName::Kvm, newest_kernel(home).as_deref()) {
+        KvmState::Works => ok(name, format!("a kernel boots with it; new templates use it ({})", program.display())),
+        KvmState::Unusable(reason) => warn(
+            name,
+            format!("{reason}; new templates use qemu"),
+            "nothing: qemu does the same, slower; `offshoot build --engine kvm` tries all the same",
         ),
     }
 }

@@ -18,6 +18,7 @@ pub mod guest;
 pub mod home;
 pub mod image;
 pub mod limits;
+mod machines;
 pub mod pool;
 pub mod progress;
 pub mod recipe;

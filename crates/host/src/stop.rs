@@ -8,7 +8,7 @@
 use std::{
     collections::BTreeSet,
     fs, io,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{LazyLock, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -18,7 +18,7 @@ use engine::ProcessRef;
 use rustix::process::{Signal, pidfd_send_signal};
 use tokio::sync::watch;
 
-use crate::{Home, record};
+use crate::{Home, machines, record};
 
 /// The signal's number; 0 as long as nobody asked.
 static ASKED: LazyLock<watch::Sender<i32>> = LazyLock::new(|| watch::Sender::new(0));
@@ -109,8 +109,7 @@ fn end(pid: u32, forks: &Path, asked: &mut BTreeSet<u32>, now: bool) -> io::Resu
     if parent_of(pid) != Some(std::process::id()) || is_published(pid, forks) {
         return Ok(());
     }
-    let is_machine = fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.starts_with("qemu-system"));
-    if is_machine {
+    if machines::is_machine(pid) {
         return process.kill(KILL_LIMIT);
     }
     // All that it started too: a program that waits for a child of its own does not end before that does, and what is
@@ -128,13 +127,9 @@ fn end(pid: u32, forks: &Path, asked: &mut BTreeSet<u32>, now: bool) -> io::Resu
     Ok(())
 }
 
-/// Whether it is the machine of a fork that is there to stay: it works in that fork's directory.
+/// Whether it is the machine of a fork that is there to stay: it works for that fork's directory.
 fn is_published(pid: u32, forks: &Path) -> bool {
-    let dir: PathBuf = fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
-    dir.strip_prefix(forks)
-        .ok()
-        .and_then(|below| below.iter().next())
-        .is_some_and(|name| !name.to_string_lossy().starts_with(record::NEW))
+    machines::below(pid, forks).is_some_and(|name| !name.starts_with(record::NEW))
 }
 
 fn children_of(parent: u32) -> Vec<u32> {

@@ -25,7 +25,7 @@ pub fn run(args: &Bench, output: &Output) -> Outcome {
     let manifest = template.manifest();
     let engine = engines::for_template(manifest)?;
     let mut reporter = Reporter::new(output);
-    let rows = bench::bench(&home, &engine, &template, &args.at_once, args.rounds, &mut |progress| {
+    let rows = bench::bench(&home, engine.as_ref(), &template, &args.at_once, args.rounds, &mut |progress| {
         reporter.show(&progress);
     });
     drop(reporter);

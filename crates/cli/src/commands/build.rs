@@ -2,13 +2,16 @@
 
 use std::time::Instant;
 
-use engine::Accel;
-use host::build::{self, BuildRequest};
+use engine::{Accel, EngineName};
+use host::{
+    build::{self, BuildRequest},
+    engines::Forced,
+};
 use serde_json::json;
 
 use super::{Outcome, failed, open_to_make};
 use crate::{
-    args::{AccelArg, Build},
+    args::{AccelArg, Build, EngineArg},
     output::{Output, clean, format, progress::Reporter},
 };
 
@@ -20,10 +23,16 @@ pub fn run(args: &Build, output: &Output) -> Outcome {
         memory: args.memory,
         vcpus: args.vcpus,
         kernel: args.kernel.clone(),
-        accel: args.accel.map(|accel| match accel {
-            AccelArg::Kvm => Accel::Kvm,
-            AccelArg::Tcg => Accel::Tcg,
-        }),
+        forced: Forced {
+            engine: args.engine.map(|engine| match engine {
+                EngineArg::Kvm => EngineName::Kvm,
+                EngineArg::Qemu => EngineName::Qemu,
+            }),
+            accel: args.accel.map(|accel| match accel {
+                AccelArg::Kvm => Accel::Kvm,
+                AccelArg::Tcg => Accel::Tcg,
+            }),
+        },
     };
     let started = Instant::now();
     let mut reporter = Reporter::new(output);

@@ -27,7 +27,7 @@ pub fn run(args: &Fork, output: &Output) -> Outcome {
     let (home, store) = open_to_make()?;
     let template = store.get(&args.tag)?;
     let engine = engines::for_template(template.manifest())?;
-    let results = fork::fork(&home, &engine, &template, &request).map_err(failed)?;
+    let results = fork::fork(&home, engine.as_ref(), &template, &request).map_err(failed)?;
 
     pool::fill_later(&home, &args.tag);
     let mut failures = Failures::default();

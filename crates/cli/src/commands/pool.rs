@@ -51,7 +51,7 @@ pub fn run(args: &args::Pool, output: &Output) -> Outcome {
         let template = store.get(tag)?;
         let engine = engines::for_template(template.manifest())?;
         pool::set_size(&home, tag, size)?;
-        pool::fill(&home, &engine, &template, true).map_err(failed)?;
+        pool::fill(&home, engine.as_ref(), &template, true).map_err(failed)?;
     } else {
         let _ = store.get(tag)?;
     }
@@ -66,7 +66,7 @@ fn fill(args: &args::Pool) -> Outcome {
     if let Some(tag) = &args.tag {
         let template = store.get(tag)?;
         let engine = engines::for_template(template.manifest())?;
-        pool::fill(&home, &engine, &template, false)?;
+        pool::fill(&home, engine.as_ref(), &template, false)?;
     }
     Ok(0)
 }

@@ -26,7 +26,7 @@ pub fn run(args: &Verify, output: &Output) -> Outcome {
     let verdict = block_on(async {
         let mut show = |progress| reporter.show(&progress);
         tokio::select! {
-            verdict = verify::verify(&home, &engine, &template, args.count, &mut show) => verdict.map_err(failed),
+            verdict = verify::verify(&home, engine.as_ref(), &template, args.count, &mut show) => verdict.map_err(failed),
             // The forks go with the future that holds them.
             signal = stop::wait() => Err(Failure::interrupted(signal, "interrupted; nothing is left behind")),
         }

@@ -8,6 +8,7 @@ use host::{
     acks::AckWaitError,
     bench::BenchError,
     build::BuildError,
+    engines::ChoiceError,
     fork::ForkError,
     forks::ForksError,
     guest::{CopyError, GuestError},
@@ -104,7 +105,7 @@ impl Coded for BenchError {
 impl Coded for EngineError {
     fn code(&self) -> &'static str {
         match self {
-            Self::Missing { .. } => "engine_missing",
+            Self::Missing { .. } | Self::NoWorker { .. } => "engine_missing",
             Self::Timeout { .. } => "engine_timeout",
             _ => "engine_failed",
         }
@@ -261,6 +262,8 @@ impl Coded for BuildError {
             Self::Kernel(_) => "kernel_unusable",
             Self::RootImage(_) => "root_image_failed",
             Self::Initramfs(_) => "initramfs_failed",
+            Self::NoEngine(ChoiceError::Engine(error)) => error.code(),
+            Self::NoEngine(ChoiceError::NoEmulation) => "engine_contradiction",
             Self::Engine { source, .. } => source.code(),
             Self::Guest { source, .. } => source.code(),
             Self::NotArmed { .. } => "guest_not_armed",
@@ -270,13 +273,13 @@ impl Coded for BuildError {
     }
 
     fn exit(&self) -> u8 {
-        if matches!(self, Self::Range { .. }) { USAGE } else { FAILED }
+        if matches!(self, Self::Range { .. } | Self::NoEngine(ChoiceError::NoEmulation)) { USAGE } else { FAILED }
     }
 
     fn next(&self) -> Option<String> {
         match self {
             Self::Store(error) => error.next(),
-            Self::Engine { source, .. } => source.next(),
+            Self::Engine { source, .. } | Self::NoEngine(ChoiceError::Engine(source)) => source.next(),
             Self::Kernel(_) | Self::RootImage(_) | Self::Initramfs(_) | Self::File { .. } => {
                 Some("offshoot doctor".into())
             }

@@ -3,7 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use super::KvmEngine;
-use crate::{BootSpec, Confinement, EngineError, Machine, qemu::KvmState};
+use crate::{BootSpec, Confinement, EngineError, KvmState, Machine};
 
 /// A kernel reaches its panic in less than two seconds on real KVM.
 const BOOT_LIMIT: Duration = Duration::from_secs(20);

@@ -25,7 +25,7 @@ use std::{
 use memory::ProcessMemory;
 use serde_json::{Value, json};
 
-pub use kvm::{KvmState, kvm_state};
+pub use kvm::probe;
 
 use crate::{
     Accel, AckStream, BootSpec, BootedVm, Capabilities, DeliverError, Engine, EngineError, EngineInfo, EngineName,

@@ -16,6 +16,7 @@
 
 mod jail;
 pub mod launch;
+mod load;
 pub mod protocol;
 mod run;
 pub mod seccomp;
@@ -24,5 +25,6 @@ mod server;
 /// Version of this program.
 pub const BUILD: &str = env!("CARGO_PKG_VERSION");
 
+pub use load::{Loaded, load};
 pub use run::{Loading, Source, main};
 pub use server::{End, Guest, ServeError, Server};
