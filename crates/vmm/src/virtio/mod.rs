@@ -17,12 +17,14 @@ mod block;
 mod chain;
 mod console;
 mod mmio;
+mod net;
 mod rng;
 
 pub use block::Block;
 pub use chain::{Chain, Queues, Segment};
 pub use console::{Console, ConsoleError, HostEnd, PortConfig};
 pub use mmio::{MmioTransport, connect};
+pub use net::Net;
 pub use rng::Rng;
 
 use std::{fmt::Debug, io};

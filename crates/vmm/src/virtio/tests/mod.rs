@@ -4,6 +4,7 @@
 mod block;
 mod console;
 mod hostile;
+mod net;
 mod random;
 mod rng;
 mod transport;
