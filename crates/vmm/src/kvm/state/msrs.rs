@@ -1,6 +1,6 @@
 //! Model specific registers: which are saved, and in which order they are loaded.
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry};
+use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 
 use super::{StateError, failed};
@@ -89,6 +89,11 @@ fn zero_when_new(index: u32) -> bool {
         || MTRRS.contains(&index)
 }
 
+/// Whether the guest uses KVM's clock.
+pub(super) fn has_clock(values: &[kvm_msr_entry]) -> bool {
+    values.iter().any(|entry| entry.index == KVM_SYSTEM_TIME && entry.data & 1 == 1)
+}
+
 /// Reads the registers. One that this vCPU does not have (the list is the host's, not the vCPU's) is left out.
 pub(super) fn save(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, StateError> {
     let mut values = Vec::with_capacity(indices.len());
@@ -121,7 +126,7 @@ fn from_entries(entries: &[kvm_msr_entry]) -> Result<Msrs, StateError> {
     Msrs::from_entries(entries).map_err(|_| StateError::TooMany {
         what: "model specific registers",
         found: entries.len(),
-        limit: MAX_AT_ONCE.max(KVM_MAX_CPUID_ENTRIES),
+        limit: MAX_AT_ONCE,
     })
 }
 

@@ -18,6 +18,10 @@ const MAX_MSRS: usize = 1024;
 /// Most bytes of extended processor state in a state file; with AMX, the largest there is, it has 11 KiB.
 const MAX_XSAVE_BYTES: usize = 64 << 10;
 
+/// The debug registers of a vCPU as KVM makes it, and of a guest that debugs nothing: not worth a call of their own.
+const DEBUG_WHEN_NEW: kvm_debugregs =
+    kvm_debugregs { db: [0; 4], dr6: 0xffff_0ff0, dr7: 0x400, flags: 0, reserved: [0; 9] };
+
 /// Everything KVM holds of one vCPU.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VcpuState {
@@ -104,16 +108,35 @@ impl VcpuState {
     /// # Errors
     /// [`StateError`], after which the vCPU is unusable.
     pub fn load(&self, vcpu: &VcpuFd, support: &Support) -> Result<(), StateError> {
+        self.prepare(vcpu, support)?;
+        self.load_prepared(vcpu, support)
+    }
+
+    /// The first half of [`load`](Self::load): what no time or identity depends on, and what takes longest where the host is a virtual
+    /// machine itself. A machine that is started ahead of its fork, for a template that is known, can have it done by then.
+    ///
+    /// # Errors
+    /// [`StateError`], after which the vCPU is unusable.
+    pub fn prepare(&self, vcpu: &VcpuFd, support: &Support) -> Result<(), StateError> {
         // First: from it KVM decides which values are valid everywhere below.
         vcpu.set_cpuid2(&self.cpuid()?).map_err(failed("KVM_SET_CPUID2"))?;
         // Before the time stamp counter among the MSRs, which is stored in counts of this rate.
-        self.load_tsc_rate(vcpu, support)?;
+        self.load_tsc_rate(vcpu, support)
+    }
+
+    /// The second half of [`load`](Self::load), for a new vCPU that was [prepared](Self::prepare) with the same state.
+    ///
+    /// # Errors
+    /// [`StateError`], after which the vCPU is unusable.
+    pub fn load_prepared(&self, vcpu: &VcpuFd, support: &Support) -> Result<(), StateError> {
         // Before the local APIC: contains its place and whether it is in x2APIC mode, which decides the layout of its registers.
         self.sregs.load(vcpu, support.capabilities.sregs2)?;
         vcpu.set_regs(&self.regs).map_err(failed("KVM_SET_REGS"))?;
         xsave::load(vcpu, &self.xsave, support)?;
         vcpu.set_xcrs(&self.xcrs).map_err(failed("KVM_SET_XCRS"))?;
-        vcpu.set_debug_regs(&self.debug).map_err(failed("KVM_SET_DEBUGREGS"))?;
+        if self.debug != DEBUG_WHEN_NEW {
+            vcpu.set_debug_regs(&self.debug).map_err(failed("KVM_SET_DEBUGREGS"))?;
+        }
         // Before the MSRs: they contain the deadline of its timer, which counts only once the local APIC is in that mode.
         vcpu.set_lapic(&self.lapic).map_err(failed("KVM_SET_LAPIC"))?;
         msrs::load(vcpu, &self.msrs)?;
@@ -121,9 +144,9 @@ impl VcpuState {
         vcpu.set_mp_state(self.mp_state).map_err(failed("KVM_SET_MP_STATE"))?;
         // After everything that may raise or drop an event.
         vcpu.set_vcpu_events(&self.events).map_err(failed("KVM_SET_VCPU_EVENTS"))?;
-        if support.capabilities.kvmclock_ctrl {
-            // Tells a guest with a KVM clock (its MSR is loaded) that it stood still, so that its lockup detectors stay calm.
-            // A guest without one has nothing to be told, which the kernel reports as an error.
+        if support.capabilities.kvmclock_ctrl && msrs::has_clock(&self.msrs) {
+            // Tells the guest that it stood still, so that its lockup detectors stay calm.
+            // A guest that gave up its clock has nothing to be told, which the kernel reports as an error.
             let _ = vcpu.kvmclock_ctrl();
         }
         Ok(())
