@@ -2,54 +2,89 @@
 
 use std::{
     error::Error,
-    io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    fs::File,
+    io::{self, Read},
+    os::fd::{AsFd, BorrowedFd},
+    time::Duration,
 };
 
-use super::{Guest, Loading};
+use super::{Guest, Loading, run::Source};
+use crate::{
+    machine::{DeviceFiles, Exit, Machine},
+    snapshot::{MAX_BYTES, Snapshot},
+};
 
-/// A machine's place.
-#[derive(Debug)]
-pub struct Loaded(OwnedFd);
-
-/// Loads it.
+/// Loads the machine: paused, before its first instruction or where it was captured.
 ///
 /// # Errors
-/// Always.
-pub fn load(_: Loading) -> Result<Loaded, Box<dyn Error>> {
-    Err("this build has no machine yet".into())
+/// What speaks against the kernel, the state, or this host.
+pub fn load(loading: Loading) -> Result<Machine, Box<dyn Error>> {
+    let mut files = DeviceFiles {
+        kvm: Some(loading.kvm),
+        root_image: loading.root_image,
+        ack: loading.ack,
+        channels: loading.channels,
+        console: None,
+        tap: None,
+    };
+    match loading.source {
+        Source::Boot { mut kernel, mut initramfs, command_line, console } => {
+            files.console = Some(console);
+            let config = loading.machine;
+            Ok(Machine::boot(config, &loading.memory, &mut kernel, initramfs.as_mut(), &command_line, files)?)
+        }
+        Source::Restore { state } => {
+            let snapshot = Snapshot::decode(&read_bounded(state)?)?;
+            snapshot.check_machine(&loading.machine)?;
+            Ok(Machine::restore(&snapshot, &loading.memory, files)?)
+        }
+    }
 }
 
-impl Guest for Loaded {
+/// All of a file that is no longer than a state file may be; one byte more is left for the decoder to refuse.
+fn read_bounded(file: File) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+impl Guest for Machine {
     fn memory_bytes(&self) -> u64 {
-        0
+        self.config().memory_bytes
     }
 
-    fn read(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        Self::read(self, offset, bytes).map_err(io::Error::other)
     }
 
-    fn write(&self, _: u64, _: &[u8]) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        Self::write(self, offset, bytes).map_err(io::Error::other)
     }
 
     fn resume(&mut self) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
+        Self::resume(self);
+        Ok(())
     }
 
     fn pause(&mut self) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
+        Self::pause(self);
+        Ok(())
     }
 
     fn capture(&mut self) -> io::Result<Vec<u8>> {
-        Err(io::ErrorKind::Unsupported.into())
+        self.snapshot().map_err(io::Error::other)?.encode().map_err(io::Error::other)
     }
 
     fn ended(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.as_fd()
     }
 
     fn end(&mut self) -> String {
-        String::new()
+        match self.wait(Some(Duration::ZERO)) {
+            Some(Exit::Reset) => "the guest reset it".into(),
+            Some(Exit::Shutdown) => "the guest shut it down".into(),
+            Some(Exit::Failed(reason)) => reason,
+            None => "no reason was given".into(),
+        }
     }
 }

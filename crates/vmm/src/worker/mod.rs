@@ -25,6 +25,6 @@ mod server;
 /// Version of this program.
 pub const BUILD: &str = env!("CARGO_PKG_VERSION");
 
-pub use load::{Loaded, load};
+pub use load::load;
 pub use run::{Loading, Source, main};
 pub use server::{End, Guest, ServeError, Server};

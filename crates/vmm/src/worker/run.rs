@@ -1,13 +1,14 @@
 //! The process from its start to its end.
 
 use std::{
+    convert::Infallible,
     error::Error,
     fs::File,
     os::{
         fd::{OwnedFd, RawFd},
         unix::net::UnixListener,
     },
-    process::ExitCode,
+    process::{self, ExitCode},
 };
 
 use super::{
@@ -72,11 +73,7 @@ type Failure = Box<dyn Error>;
 /// Everything it has to say goes to standard error, which is the machine's log.
 pub fn main<G: Guest>(load: impl FnOnce(Loading) -> Result<G, Failure>) -> ExitCode {
     match run(load) {
-        Ok(End::Quit | End::Orphaned) => ExitCode::SUCCESS,
-        Ok(End::Guest(how)) => {
-            eprintln!("the machine has ended: {how}");
-            ExitCode::SUCCESS
-        }
+        Ok(never) => match never {},
         Err(error) => {
             eprintln!("{}", chain(error.as_ref()));
             ExitCode::FAILURE
@@ -84,7 +81,8 @@ pub fn main<G: Guest>(load: impl FnOnce(Loading) -> Result<G, Failure>) -> ExitC
     }
 }
 
-fn run<G: Guest>(load: impl FnOnce(Loading) -> Result<G, Failure>) -> Result<End, Failure> {
+/// Returns with an error only.
+fn run<G: Guest>(load: impl FnOnce(Loading) -> Result<G, Failure>) -> Result<Infallible, Failure> {
     let mut arguments = std::env::args_os().skip(1);
     let document = arguments.next().and_then(|text| text.into_string().ok());
     let (Some(document), None) = (document, arguments.next()) else {
@@ -99,8 +97,12 @@ fn run<G: Guest>(load: impl FnOnce(Loading) -> Result<G, Failure>) -> Result<End
     let inherited = Inherited::take(launch)?;
     let guest = load(inherited.loading)?;
     seccomp::enter(Role::Main)?;
-    let end = Server::new(inherited.control, guest, purpose).serve()?;
-    Ok(end)
+    let mut server = Server::new(inherited.control, guest, purpose);
+    if let End::Guest(how) = server.serve()? {
+        eprintln!("the machine has ended: {how}");
+    }
+    // Without taking the machine apart: the kernel does that at once, whatever its threads are at.
+    process::exit(0);
 }
 
 /// One heap for all threads: each of its own would cost every fork some hundred kilobytes.

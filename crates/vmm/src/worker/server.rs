@@ -108,7 +108,7 @@ impl<G: Guest> Server<G> {
     ///
     /// # Errors
     /// [`ServeError`] if no host process can be served any more.
-    pub fn serve(mut self) -> Result<End, ServeError> {
+    pub fn serve(&mut self) -> Result<End, ServeError> {
         let mut client: Option<Client> = None;
         loop {
             // One at a time; whoever comes next waits in the socket's queue.
