@@ -12,6 +12,7 @@ use std::{
 use vm_memory::VolatileSlice;
 
 use super::{Chain, Kind, Progress, QueueError, Queues, VirtioDevice, read_config_bytes};
+use crate::events::HostEvent;
 
 /// Bytes of a sector: the unit of the protocol, whatever the image's file system uses.
 const SECTOR: u64 = 512;
@@ -23,6 +24,10 @@ const SEGMENTS_MAX: u32 = 254;
 
 /// Most bytes of one request. Far above what drivers ask for (Linux: 1280 KiB), and a bound on the time of one.
 const BYTES_MAX: u64 = 16 << 20;
+
+/// Bytes read by one call, about; what is left is for the device thread. No driver has that much on its way, but a guest that
+/// did could keep its vCPU from being paused.
+const TURN_BYTES: u64 = 64 << 20;
 
 const FEATURE_SEG_MAX: u64 = 1 << 2;
 const FEATURE_READ_ONLY: u64 = 1 << 5;
@@ -143,13 +148,26 @@ impl VirtioDevice for Block {
     }
 
     fn notify(&mut self, queue: u16, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        let mut moved = 0;
         // What is added meanwhile is announced again.
         for _ in 0..queues.waiting(queue)? {
+            if moved >= TURN_BYTES {
+                return Ok(Progress::More);
+            }
             let Some(chain) = queues.next(queue)? else { break };
             let written = self.serve(&chain, queues)?;
             queues.complete(&chain, written)?;
+            moved += u64::from(written);
         }
         Ok(Progress::Done)
+    }
+
+    fn host_event(&mut self, _event: HostEvent, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        self.notify(0, queues)
+    }
+
+    fn restored(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
+        self.notify(0, queues)
     }
 
     fn reset(&mut self) {}

@@ -3,6 +3,8 @@
 //! A port is a pipe for writing, which for the guest always has a reader, or a listening socket, at which one host at a
 //! time is connected; the next one waits until the first has gone. When a host comes or goes the driver is told, and
 //! no byte is lost or overtaken on the way: what a host sent before it hung up arrives before the news of it.
+//!
+//! A host that is gone is noticed by a failed write, so the process must ignore SIGPIPE, as Rust programs do.
 
 mod control;
 mod port;
@@ -266,7 +268,8 @@ impl VirtioDevice for Console {
 
     fn restored(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
         let mut progress = Progress::Done;
-        for port in &mut self.ports {
+        // Only these: each look at a queue is a page of the guest's that must be brought in.
+        for port in self.ports.iter_mut().filter(|port| port.is_behind()) {
             // What a full pipe did not take then, it takes now. What was for a host of the template's is not for whoever
             // connects to the fork.
             if port.transmit(queues)? == Progress::More {

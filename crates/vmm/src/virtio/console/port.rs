@@ -41,6 +41,8 @@ pub(super) struct Port {
     end: End,
     /// Bytes of the first chain in the transmit queue that the host has already.
     sent: u64,
+    /// The transmit queue holds what could not be sent yet.
+    behind: bool,
     watcher: Option<Watcher>,
 }
 
@@ -52,6 +54,7 @@ pub(super) struct PortState {
     news: News,
     guest_open: bool,
     sent: u64,
+    behind: bool,
 }
 
 #[derive(Debug)]
@@ -110,6 +113,7 @@ impl Port {
             guest_open: false,
             end,
             sent: 0,
+            behind: false,
             watcher: None,
         })
     }
@@ -224,10 +228,16 @@ impl Port {
         Ok(Progress::Done)
     }
 
+    /// Whether the guest waits for [`transmit`](Self::transmit).
+    pub(super) fn is_behind(&self) -> bool {
+        self.behind
+    }
+
     /// Moves bytes of the guest to the host; if nobody is there, they go nowhere.
     pub(super) fn transmit(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
         let queue = self.transmit_queue();
         let mut moved = 0;
+        self.behind = true;
         for _ in 0..queues.waiting(queue)? {
             let Some(chain) = queues.next(queue)? else { break };
             let bytes = chain.readable_bytes();
@@ -262,6 +272,7 @@ impl Port {
             self.sent = 0;
             queues.complete(&chain, 0)?;
         }
+        self.behind = false;
         Ok(Progress::Done)
     }
 
@@ -308,6 +319,7 @@ impl Port {
         self.news = News::default();
         self.guest_open = false;
         self.sent = 0;
+        self.behind = false;
     }
 
     pub(super) fn save(&self) -> PortState {
@@ -317,6 +329,7 @@ impl Port {
             news: self.news,
             guest_open: self.guest_open,
             sent: self.sent,
+            behind: self.behind,
         }
     }
 
@@ -330,6 +343,7 @@ impl Port {
         self.news = state.news;
         self.guest_open = state.guest_open;
         self.sent = state.sent;
+        self.behind = state.behind;
         // The host of then is not the host of now.
         self.news.host(self.host_open());
         Ok(())

@@ -136,3 +136,28 @@ fn a_saved_disk_serves_the_request_it_had_not_seen() {
     assert_eq!(moved.used(0).unwrap().1, 513);
     assert_eq!(moved.get(DATA, 2), [5, 5]);
 }
+
+#[test]
+fn a_guest_that_asks_for_too_much_at_once_is_served_bit_by_bit() {
+    let (_, file) = disk();
+    file.set_len(32 << 20).unwrap();
+    let mut driver = Driver::new(Block::new(file, "").unwrap());
+    driver.start();
+    let events = driver.events();
+    events.pause();
+    driver.put(HEADER, &[0; 16]);
+    let mut buffers = vec![(HIGH_START, 1 << 20, WRITE); 18];
+    buffers[0] = (HEADER, 16, 0);
+    buffers[17] = (STATUS, 1, WRITE);
+    let head = driver.add(0, &buffers);
+    for _ in 0..5 {
+        driver.offer(0, head);
+    }
+    driver.notify(0);
+    let served: Vec<_> = std::iter::from_fn(|| driver.used(0)).collect();
+    assert_eq!(served, [(0, (16 << 20) + 1); 4]);
+    events.resume();
+    assert_eq!(driver.wait_used(0), (0, (16 << 20) + 1));
+    assert_eq!(driver.wait_used(0), (0, (16 << 20) + 1));
+    assert_eq!(driver.get(STATUS, 1), [0]);
+}

@@ -67,3 +67,24 @@ fn states_of_other_ports_are_refused() {
     assert_eq!(console(&["one", "three"]).load(&saved), Err(LoadError::OtherDevice));
     assert_eq!(console(&["one", "two"]).load(&saved[1..]), Err(LoadError::Format));
 }
+
+#[test]
+fn what_a_full_pipe_did_not_take_is_sent_after_the_capture() {
+    let mut template = Guest::new();
+    let piece = pattern(0x3000);
+    let mut pieces = 1;
+    while template.send(ACK_TRANSMIT, &piece) {
+        pieces += 1;
+    }
+    let mut ack = template.host.ack.try_clone().unwrap();
+    let mut fork = template.move_on();
+    fork.driver.wait_used(ACK_TRANSMIT);
+    assert!(fork.send(ACK_TRANSMIT, b"end"));
+    let mut all = Vec::new();
+    ack.read_to_end(&mut all).unwrap();
+    assert_ne!(all.len() % piece.len(), 0, "the capture was in the middle of a piece");
+    let mut rest = vec![0; pieces * piece.len() - all.len() + 3];
+    fork.host.ack.read_exact(&mut rest).unwrap();
+    all.extend(rest);
+    assert!(all == [&piece.repeat(pieces)[..], b"end"].concat());
+}
