@@ -144,6 +144,10 @@ const START: &[libc::c_long] = &[
     libc::SYS_setsockopt,
 ];
 
+/// What a state file and a control connection take besides.
+const SERVE: &[libc::c_long] =
+    &[libc::SYS_fstat, libc::SYS_ftruncate, libc::SYS_lseek, libc::SYS_setsockopt, libc::SYS_statx];
+
 /// Every ioctl of KVM has this in its second byte.
 const KVM_IOCTLS: u64 = 0xae00;
 const IOCTL_TYPE: u64 = 0xff00;
@@ -153,9 +157,7 @@ type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 fn rules(role: Role) -> Result<Rules, SeccompError> {
     let lists: &[&[libc::c_long]] = match role {
         Role::Start => &[EVERY, TRANSFER, WAIT, START],
-        Role::Main => {
-            &[EVERY, TRANSFER, WAIT, &[libc::SYS_lseek, libc::SYS_ftruncate, libc::SYS_fstat, libc::SYS_statx]]
-        }
+        Role::Main => &[EVERY, TRANSFER, WAIT, SERVE],
         Role::Devices => &[EVERY, TRANSFER, WAIT],
         // Its devices write to sockets, files and event descriptors; a first connection's events change with them.
         Role::Vcpu => &[EVERY, TRANSFER, &[libc::SYS_epoll_ctl]],
