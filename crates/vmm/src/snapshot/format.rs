@@ -49,7 +49,7 @@ impl Snapshot {
         Ok(file)
     }
 
-    /// Reads a file. Never panics, and allocates in proportion to the file whatever is in it.
+    /// Reads a file. Never panics, and allocates no more than the file has bytes and 32 KiB, whatever is in it.
     ///
     /// # Errors
     /// [`SnapshotError`] says why it is refused.
@@ -149,13 +149,12 @@ pub(super) fn vcpus<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Vc
         }
 
         fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> Result<Self::Value, A::Error> {
-            let mut vcpus = Vec::new();
+            let limit = usize::from(MAX_VCPUS);
+            let mut vcpus = Vec::with_capacity(sequence.size_hint().unwrap_or(0).min(limit));
             while let Some(vcpu) = sequence.next_element()? {
-                if vcpus.len() == usize::from(MAX_VCPUS) {
+                if vcpus.len() == limit {
                     return Err(A::Error::custom("too many vCPUs"));
                 }
-                // One by one: doubling would take twice the memory, copying eight costs nothing.
-                vcpus.reserve_exact(1);
                 vcpus.push(vcpu);
             }
             Ok(vcpus)

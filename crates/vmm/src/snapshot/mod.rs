@@ -9,8 +9,8 @@
 //!     16      8  length of the payload
 //!     24      …  payload: [`Snapshot`] in the encoding of the crate `postcard`; nothing follows
 //! ```
-//! Numbers are little endian. Magic and version keep their places in every later version. There is one file for a snapshot: other
-//! spellings of the same values are refused. The checksum finds damage; who made the file is known from the template's manifest.
+//! Numbers are little endian. Magic and version keep their places in every later version. The kernel's structures stand in it with all
+//! their bytes; one that is shorter or longer is refused. The checksum finds damage; who made the file is known from the template's manifest.
 
 mod error;
 mod format;

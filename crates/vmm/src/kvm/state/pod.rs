@@ -35,20 +35,17 @@ pub(crate) mod slice {
         serializer.serialize_bytes(values.as_bytes())
     }
 
-    pub(crate) fn deserialize<'de, T: FromBytes + Copy, D: Deserializer<'de>>(
+    pub(crate) fn deserialize<'de, T: FromBytes + IntoBytes + Clone, D: Deserializer<'de>>(
         deserializer: D,
     ) -> Result<Vec<T>, D::Error> {
         let bytes = deserializer.deserialize_bytes(Borrowed)?;
-        let mut chunks = bytes.chunks_exact(size_of::<T>());
-        // Every element stands in the file: what is allocated is never more than the file's own bytes.
-        let values = chunks
-            .by_ref()
-            .map(|chunk| T::read_from_bytes(chunk).map_err(|_| D::Error::custom("impossible length")))
-            .collect();
-        if !chunks.remainder().is_empty() {
+        if !bytes.len().is_multiple_of(size_of::<T>()) {
             return Err(D::Error::invalid_length(bytes.len(), &"a multiple of the structure's length"));
         }
-        values
+        // Every element stands in the file: what is allocated is never more than the file's own bytes.
+        let mut values = vec![T::new_zeroed(); bytes.len() / size_of::<T>()];
+        values.as_mut_bytes().copy_from_slice(bytes);
+        Ok(values)
     }
 }
 
