@@ -5,19 +5,21 @@
 //!          └─ restore ─→        │ paused: read, write, snapshot
 //! ```
 
+mod clocks;
 mod devices;
 mod error;
 mod prepared;
 
 use std::{
     fs::File,
+    ops::Range,
     os::fd::{AsFd, BorrowedFd},
     time::Duration,
 };
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
-use self::devices::Devices;
+use self::{clocks::StoppedClocks, devices::Devices};
 pub use self::{devices::DeviceFiles, error::MachineError, prepared::Prepared};
 use crate::{
     config::MachineConfig,
@@ -45,6 +47,8 @@ pub enum Exit {
 pub struct Machine {
     prepared: Prepared,
     devices: Devices,
+    /// The clocks of a machine that was restored and has never run.
+    stopped: Option<StoppedClocks>,
     running: bool,
 }
 
@@ -82,6 +86,9 @@ impl Machine {
     /// Lets the guest run.
     pub fn resume(&mut self) {
         self.running = true;
+        if let Some(stopped) = self.stopped.take() {
+            stopped.restart(&self.prepared);
+        }
         self.devices.resume();
         self.prepared.events.resume();
         for vcpu in &self.prepared.vcpus {
@@ -133,6 +140,19 @@ impl Machine {
     /// [`MachineError::Running`], [`MachineError::Place`].
     pub fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), MachineError> {
         self.access(offset, bytes.len(), |memory, at| memory.read_slice(bytes, at))
+    }
+
+    /// Makes parts of guest memory, by offset in the memory file, present before the guest touches them: the pages that a
+    /// fork writes anyway on its way to its ack. Parts that are not there are left out.
+    ///
+    /// # Errors
+    /// [`MachineError::Running`].
+    pub fn populate(&self, parts: impl IntoIterator<Item = Range<u64>>) -> Result<(), MachineError> {
+        self.expect_paused()?;
+        for part in parts {
+            memory::populate(self.prepared.vm.memory(), part.start, part.end.saturating_sub(part.start));
+        }
+        Ok(())
     }
 
     fn access(

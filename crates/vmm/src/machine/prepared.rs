@@ -8,7 +8,7 @@ use std::{
 
 use kvm_ioctls::Kvm;
 
-use super::{DeviceFiles, Devices, Machine, MachineError};
+use super::{DeviceFiles, Devices, Machine, MachineError, StoppedClocks};
 use crate::{
     boot::{self, Image},
     config::MachineConfig,
@@ -97,7 +97,7 @@ impl Prepared {
             }
         }
         devices.generation().renew().map_err(MachineError::resources("random numbers"))?;
-        self.finish(devices, buses)
+        self.finish(devices, buses, None)
     }
 
     /// Maps the template's memory copy-on-write and loads its state; the machine is paused where the template was, and has a
@@ -119,13 +119,13 @@ impl Prepared {
         // After the state, before the first run.
         devices.generation().renew().map_err(MachineError::resources("random numbers"))?;
         devices.generation().notify();
-        self.finish(devices, buses)
+        self.finish(devices, buses, Some(StoppedClocks::new(snapshot)))
     }
 
-    fn finish(self, devices: Devices, buses: Buses) -> Result<Machine, MachineError> {
+    fn finish(self, devices: Devices, buses: Buses, stopped: Option<StoppedClocks>) -> Result<Machine, MachineError> {
         devices.connect(&self.events)?;
         // Nobody else has set it: this consumes the machine.
         let _ = self.buses.set(buses);
-        Ok(Machine { prepared: self, devices, running: false })
+        Ok(Machine { prepared: self, devices, stopped, running: false })
     }
 }

@@ -1,0 +1,55 @@
+//! The clocks of a machine that waits for its first run.
+//!
+//! KVM's clocks run from the moment they are loaded. For the guest no time passes between its capture and its first
+//! instruction here, and a spare machine may wait for minutes: so they are loaded once more when it runs.
+
+use std::time::{Duration, Instant};
+
+use kvm_bindings::{Msrs, kvm_clock_data, kvm_msr_entry};
+
+use super::Prepared;
+use crate::snapshot::Snapshot;
+
+/// `IA32_TIME_STAMP_COUNTER`.
+const TSC: u32 = 0x10;
+/// A wait no guest notices: not worth the calls.
+const SHORT: Duration = Duration::from_millis(20);
+
+/// The clocks, as they were captured.
+#[derive(Debug)]
+pub(super) struct StoppedClocks {
+    loaded: Instant,
+    /// Of the machine, nanoseconds.
+    clock: u64,
+    /// Of each vCPU.
+    counters: Vec<u64>,
+}
+
+impl StoppedClocks {
+    /// Of a machine that has just been loaded.
+    pub(super) fn new(snapshot: &Snapshot) -> Self {
+        let counter = |msrs: &[kvm_msr_entry]| msrs.iter().find(|msr| msr.index == TSC).map(|msr| msr.data);
+        Self {
+            loaded: Instant::now(),
+            clock: snapshot.vm.clock.clock,
+            counters: snapshot.vcpus.iter().filter_map(|vcpu| counter(&vcpu.msrs)).collect(),
+        }
+    }
+
+    /// Lets them run from where they were, if they have run for long. The machine must still be paused.
+    ///
+    /// Values that KVM took a moment ago it takes again; if it does not, the guest sees the time that it has waited.
+    pub(super) fn restart(&self, prepared: &Prepared) {
+        if self.loaded.elapsed() < SHORT {
+            return;
+        }
+        // Counters before the clock, which is computed from them.
+        for (vcpu, counter) in prepared.vcpus.iter().zip(&self.counters) {
+            let entry = kvm_msr_entry { index: TSC, data: *counter, ..Default::default() };
+            if let Ok(msrs) = Msrs::from_entries(&[entry]) {
+                let _ = vcpu.vcpu().set_msrs(&msrs);
+            }
+        }
+        let _ = prepared.vm.fd().set_clock(&kvm_clock_data { clock: self.clock, ..Default::default() });
+    }
+}

@@ -1,0 +1,181 @@
+//! Whole machines with guests of a few instructions, directly on `/dev/kvm`, also where that cannot boot Linux.
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+mod payload;
+
+use std::{
+    collections::HashSet,
+    os::{
+        fd::AsFd,
+        unix::fs::{FileExt, MetadataExt},
+    },
+    time::Duration,
+};
+
+use offshoot_vmm::{
+    machine::{Exit, Machine, MachineError},
+    snapshot::Snapshot,
+};
+use payload::{COUNT_AND_SAY, ENTRY, Guest, MEMORY, READ_NOWHERE, RESET, TRIPLE_FAULT, WORD, files, memory};
+
+const LIMIT: Option<Duration> = Some(Duration::from_secs(20));
+
+/// Whether whoever runs the tests said to do without KVM.
+fn no_kvm() -> bool {
+    std::env::var_os("OFFSHOOT_TEST_NO_KVM").is_some_and(|value| value == "1")
+}
+
+/// A guest that has been captured while it counted, with its memory.
+fn captured(vcpus: u8) -> (Snapshot, std::fs::File, u64) {
+    let memory = memory();
+    let mut template = Guest::boot(COUNT_AND_SAY, vcpus, &memory);
+    template.machine.resume();
+    template.expect(b"A");
+    template.machine.pause();
+    let state = template.machine.snapshot().unwrap().encode().unwrap();
+    let count = template.count();
+    (Snapshot::decode(&state).unwrap(), memory, count)
+}
+
+#[test]
+fn a_guest_runs_until_it_is_paused_and_goes_on_where_it_was() {
+    if no_kvm() {
+        return;
+    }
+    for vcpus in [1, 2] {
+        let mut guest = Guest::boot(COUNT_AND_SAY, vcpus, &memory());
+        assert_eq!(guest.count(), 0);
+        guest.machine.resume();
+        guest.expect(b"A");
+        for round in 0..20 {
+            guest.machine.pause();
+            let (first, second) = (guest.count(), guest.count());
+            assert_eq!(first, second, "round {round}: nothing runs in a machine that is paused");
+            guest.machine.write(WORD, b"+").unwrap();
+            guest.machine.resume();
+            guest.expect([&b"A"[..], &b"+".repeat(round + 1)].concat().as_slice());
+            guest.machine.pause();
+            assert!(guest.count() > first, "round {round}: it went on");
+            guest.machine.resume();
+        }
+        // Twice is as good as once.
+        guest.machine.pause();
+        guest.machine.pause();
+        assert_eq!(guest.machine.wait(Some(Duration::ZERO)), None);
+    }
+}
+
+#[test]
+fn copies_go_on_where_the_template_was_and_do_not_see_each_other() {
+    if no_kvm() {
+        return;
+    }
+    for vcpus in [1, 3] {
+        let (snapshot, memory, count) = captured(vcpus);
+        let mut copies: Vec<_> = (0..3).map(|_| Guest::restore(&snapshot, &memory)).collect();
+        for (copy, word) in copies.iter_mut().zip(b"xyz") {
+            assert_eq!(copy.count(), count, "it has not run");
+            copy.machine.write(WORD, &[*word]).unwrap();
+        }
+        copies.iter_mut().for_each(|copy| copy.machine.resume());
+        for (copy, word) in copies.iter().zip(b"xyz") {
+            copy.expect(&[*word]);
+        }
+        for copy in &mut copies {
+            copy.machine.pause();
+            assert!(copy.count() > count);
+        }
+        let mut template = [0xff];
+        memory.read_exact_at(&mut template, WORD).unwrap();
+        assert_eq!(template, [0], "the template's memory is as it was");
+        // A copy of a copy.
+        let again = copies[0].machine.snapshot().unwrap();
+        assert_eq!(again.devices.keys().collect::<Vec<_>>(), snapshot.devices.keys().collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn every_copy_has_its_own_generation_and_the_pages_it_was_given_ahead() {
+    if no_kvm() {
+        return;
+    }
+    let (snapshot, memory, count) = captured(1);
+    let mut seen = HashSet::new();
+    for _ in 0..3 {
+        let copy = Guest::restore(&snapshot, &memory);
+        copy.machine.populate([payload::COUNTER..payload::COUNTER + 8, 0..MEMORY, MEMORY..u64::MAX, 9..9]).unwrap();
+        assert_eq!(copy.count(), count);
+        let mut generation = [0; 16];
+        copy.machine.read(offshoot_vmm::layout::GENERATION, &mut generation).unwrap();
+        assert!(seen.insert(generation));
+    }
+    assert!(!seen.contains(&[0; 16]));
+}
+
+#[test]
+fn the_end_of_a_guest_is_told_with_its_reason() {
+    if no_kvm() {
+        return;
+    }
+    for (code, exit) in [(RESET, Exit::Reset), (TRIPLE_FAULT, Exit::Shutdown)] {
+        let mut guest = Guest::boot(code, 2, &memory());
+        guest.machine.resume();
+        assert_eq!(guest.machine.wait(LIMIT), Some(exit));
+        let mut events = [rustix::event::PollFd::from_borrowed_fd(guest.machine.as_fd(), rustix::event::PollFlags::IN)];
+        assert_eq!(rustix::event::poll(&mut events, None).unwrap(), 1);
+        // It can still be stopped and looked at.
+        guest.machine.pause();
+        guest.machine.read(ENTRY, &mut [0]).unwrap();
+    }
+}
+
+#[test]
+fn where_no_device_is_all_bits_are_set() {
+    if no_kvm() {
+        return;
+    }
+    let mut guest = Guest::boot(READ_NOWHERE, 1, &memory());
+    guest.machine.resume();
+    guest.expect(&[0xff]);
+}
+
+#[test]
+fn memory_and_state_are_only_there_while_nothing_changes_them() {
+    if no_kvm() {
+        return;
+    }
+    let mut guest = Guest::boot(COUNT_AND_SAY, 1, &memory());
+    guest.machine.resume();
+    assert!(matches!(guest.machine.write(WORD, b"x"), Err(MachineError::Running)));
+    assert!(matches!(guest.machine.read(WORD, &mut [0]), Err(MachineError::Running)));
+    assert!(matches!(guest.machine.snapshot(), Err(MachineError::Running)));
+    guest.machine.pause();
+    for (offset, bytes) in [(MEMORY - 1, 2), (MEMORY, 1), (u64::MAX, 8)] {
+        assert!(matches!(guest.machine.write(offset, &vec![1; bytes]), Err(MachineError::Place { .. })));
+    }
+    guest.machine.write(MEMORY - 1, &[1]).unwrap();
+}
+
+#[test]
+fn a_state_with_other_devices_or_another_size_is_refused() {
+    if no_kvm() {
+        return;
+    }
+    let (snapshot, memory, _) = captured(1);
+    let console = tempfile::tempfile().unwrap();
+    let restore = |snapshot: &Snapshot| Machine::restore(snapshot, &memory, files(&console)).map(drop);
+    for name in snapshot.devices.keys() {
+        let mut without = snapshot.clone();
+        without.devices.remove(name);
+        assert!(matches!(restore(&without), Err(MachineError::OtherDevices(missing)) if missing == *name));
+        let mut damaged = snapshot.clone();
+        damaged.devices.insert(name.clone(), vec![0x77; 3]);
+        assert!(restore(&damaged).is_err(), "{name}");
+    }
+    let mut more = snapshot.clone();
+    more.devices.insert("floppy".into(), Vec::new());
+    assert!(matches!(restore(&more), Err(MachineError::OtherDevices(name)) if name == "floppy"));
+    memory.set_len(MEMORY - 4096).unwrap();
+    assert!(matches!(restore(&snapshot), Err(MachineError::Memory(_))));
+    assert_eq!(memory.metadata().unwrap().size(), MEMORY - 4096);
+}
