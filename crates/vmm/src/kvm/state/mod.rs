@@ -3,7 +3,8 @@
 //! # Order
 //! Capture, with every vCPU stopped outside of `KVM_RUN` and after [`settle`]: all vCPUs, then the machine.
 //!
-//! Restore: memory slots, in-kernel irqchip, PIT, all vCPUs created; then [`VcpuState::load`] of every vCPU, then [`VmState::load`],
+//! Restore: memory slots, in-kernel irqchip, PIT, all vCPUs created; then [`VcpuState::load`] of every vCPU, the
+//! first one first (the others' time stamp counters follow its), then [`VmState::load`],
 //! then the first `KVM_RUN`. The vCPUs come first because loading the IOAPIC delivers what it still holds into the local APICs, and
 //! loading a local APIC afterwards would lose it. The clock comes last because it counts from the moment it is loaded.
 //! The order inside each of the two stands in its `load`.

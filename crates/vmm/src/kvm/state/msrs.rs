@@ -111,15 +111,29 @@ pub(super) fn save(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>,
     Ok(values)
 }
 
+/// What is written to the time stamp counter before its value: minutes away from everything.
+const FAR_AWAY: u64 = 1 << 40;
+
 /// Writes the registers in the given order.
-pub(super) fn load(vcpu: &VcpuFd, values: &[kvm_msr_entry]) -> Result<(), StateError> {
-    for chunk in values.chunks(MAX_AT_ONCE) {
-        let written = vcpu.set_msrs(&from_entries(chunk)?).map_err(failed("KVM_SET_MSRS"))?;
-        if let Some(refused) = chunk.get(written) {
-            return Err(StateError::Msr { index: refused.index, value: refused.data });
-        }
+///
+/// KVM takes a time stamp counter that is within a second of what it expects, from the last write to any vCPU's or else from the
+/// machine's creation, for an attempt to bring vCPUs in step: it then gives the vCPU the others' offset and forgets the value. For all
+/// vCPUs but the first that is what keeps them exactly together. For the `first` it would be wrong by up to a second, back or forth,
+/// whenever a machine happens to have waited for about as long as the template had run; so it is moved far away before.
+pub(super) fn load(vcpu: &VcpuFd, values: &[kvm_msr_entry], first: bool) -> Result<(), StateError> {
+    if let Some(counter) = values.iter().find(|entry| first && entry.index == TSC) {
+        let far = kvm_msr_entry { data: counter.data.wrapping_add(FAR_AWAY), ..*counter };
+        write(vcpu, &[far])?;
     }
-    Ok(())
+    values.chunks(MAX_AT_ONCE).try_for_each(|chunk| write(vcpu, chunk))
+}
+
+fn write(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), StateError> {
+    let written = vcpu.set_msrs(&from_entries(entries)?).map_err(failed("KVM_SET_MSRS"))?;
+    match entries.get(written) {
+        Some(refused) => Err(StateError::Msr { index: refused.index, value: refused.data }),
+        None => Ok(()),
+    }
 }
 
 fn from_entries(entries: &[kvm_msr_entry]) -> Result<Msrs, StateError> {

@@ -13,6 +13,9 @@ use super::{StateError, failed};
 ioctl_ior_nr!(KVM_GET_SREGS2, KVMIO, 0xcc, kvm_sregs2);
 ioctl_iow_nr!(KVM_SET_SREGS2, KVMIO, 0xcd, kvm_sregs2);
 
+/// The bit of the local APIC's base that only the vCPU that starts the machine has.
+const BOOTSTRAP_PROCESSOR: u64 = 1 << 8;
+
 /// `struct kvm_sregs2` of the kernel, with the same layout; the state file has this form also where the kernel has only the older.
 ///
 /// The older form's bitmap of interrupts is left out: with an irqchip in the kernel the same interrupt is among the vCPU's events.
@@ -71,6 +74,11 @@ impl SpecialRegisters {
     #[must_use]
     pub fn has_page_directory_pointers(&self) -> bool {
         self.flags & u64::from(KVM_SREGS2_FLAGS_PDPTRS_VALID) != 0
+    }
+
+    /// Whether this is the vCPU that starts the machine.
+    pub(super) fn is_first(&self) -> bool {
+        self.apic_base & BOOTSTRAP_PROCESSOR != 0
     }
 
     fn from_old(old: kvm_sregs) -> Self {

@@ -139,7 +139,7 @@ impl VcpuState {
         }
         // Before the MSRs: they contain the deadline of its timer, which counts only once the local APIC is in that mode.
         vcpu.set_lapic(&self.lapic).map_err(failed("KVM_SET_LAPIC"))?;
-        msrs::load(vcpu, &self.msrs)?;
+        msrs::load(vcpu, &self.msrs, self.sregs.is_first())?;
         // After the special registers: those of a processor just reset make KVM start it.
         vcpu.set_mp_state(self.mp_state).map_err(failed("KVM_SET_MP_STATE"))?;
         // After everything that may raise or drop an event.
