@@ -20,6 +20,9 @@ type Host = (Vec<u8>, u16, bool);
 
 fuzz_target!(|input: (Vec<u8>, Vec<(Host, Vec<Step>)>)| {
     let (saved, turns) = input;
+    // A Rust program's start does this, and libFuzzer's main is none: a host that is gone must be an error, not a signal.
+    // SAFETY: to ignore a signal is always allowed.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
     // An abstract name: nothing is left in the file system.
     let address = SocketAddr::from_abstract_name(format!("offshoot-fuzz-{}", std::process::id())).expect("name");
     let listener = UnixListener::bind_addr(&address).expect("bind");
