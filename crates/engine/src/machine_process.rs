@@ -230,3 +230,68 @@ impl Drop for MachineProcess {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn sleep_in(dir: &Path, namespaces: bool, purpose: Purpose) -> Spawned {
+        let mut command = Command::new("sleep");
+        command.arg("1000");
+        let confinement = Confinement { user: None, namespaces, cgroups: &[] };
+        spawn(command, dir, Vec::new(), &confinement, purpose, Jail::Itself).unwrap()
+    }
+
+    fn pid_namespace(pid: &str) -> PathBuf {
+        fs::read_link(format!("/proc/{pid}/ns/pid")).unwrap()
+    }
+
+    #[test]
+    fn a_process_that_jails_itself_is_born_alone_and_the_caller_is_not_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = rustix::process::geteuid().is_root();
+        let children = || fs::read_link("/proc/thread-self/ns/pid_for_children").unwrap();
+        let before = children();
+        let inside = sleep_in(dir.path(), root, Purpose::Fork);
+        assert_eq!(children(), before);
+        let missing = spawn(
+            Command::new("/nowhere/at/all"),
+            dir.path(),
+            Vec::new(),
+            &Confinement { user: None, namespaces: root, cgroups: &[] },
+            Purpose::Fork,
+            Jail::Itself,
+        );
+        assert!(matches!(missing, Err(EngineError::Spawn { .. })));
+        assert_eq!(children(), before, "after a failure too");
+        let outside = sleep_in(dir.path(), false, Purpose::Fork);
+        let own = pid_namespace("self");
+        assert_eq!(pid_namespace(&inside.process.pid.to_string()) != own, root);
+        assert_eq!(pid_namespace(&outside.process.pid.to_string()), own);
+    }
+
+    #[test]
+    fn a_template_ends_with_the_thread_that_builds_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = rustix::process::geteuid().is_root();
+        let path = dir.path().to_owned();
+        let start = move |purpose| {
+            let spawned = sleep_in(&path, root, purpose);
+            let process = spawned.process.clone();
+            // As after a crash: nobody is there to end it.
+            std::mem::forget(spawned);
+            process
+        };
+        let builder = start.clone();
+        let template = std::thread::spawn(move || builder(Purpose::Template)).join().unwrap();
+        let fork = std::thread::spawn(move || start(Purpose::Fork)).join().unwrap();
+        if let Some(fd) = template.pidfd().unwrap() {
+            assert!(crate::process::wait_gone(&fd, Duration::from_secs(10)).unwrap());
+        }
+        assert!(fork.is_alive());
+        fork.kill(Duration::from_secs(10)).unwrap();
+    }
+}

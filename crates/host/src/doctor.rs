@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 use engine::{Accel, Engine, EngineName, KvmState, kvm, qemu::QemuEngine};
 use serde::Serialize;
 
-use crate::{engines, home::Home, limits};
+use crate::{engines, home::Home, image::kernel, limits};
 
 /// How a finding counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -99,7 +99,7 @@ fn worker(home: &Home) -> Finding {
 
 /// A kernel in the cache to try KVM with.
 fn newest_kernel(home: &Home) -> Option<std::path::PathBuf> {
-    let kernels = fs::read_dir(home.cache.join("kernels")).ok()?;
+    let kernels = fs::read_dir(home.cache.join(kernel::SHELF)).ok()?;
     kernels.flatten().map(|entry| entry.path().join("vmlinuz")).filter(|path| path.is_file()).max()
 }
 

@@ -20,7 +20,7 @@ use crate::progress::Progress;
 
 /// The package that depends on the newest kernel for virtual machines.
 const PACKAGE: &str = "linux-image-cloud-amd64";
-const SHELF: &str = "kernel";
+pub(crate) const SHELF: &str = "kernel";
 /// What a guest of ours may need. A kernel that has one built in, or lacks it, simply has no such file.
 const WANTED: [&str; 9] = [
     "virtio_ring",
