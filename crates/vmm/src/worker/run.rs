@@ -1,7 +1,6 @@
 //! The process from its start to its end.
 
 use std::{
-    convert::Infallible,
     error::Error,
     fs::File,
     os::{
@@ -12,7 +11,7 @@ use std::{
 };
 
 use super::{
-    launch::{self, Launch, LaunchError, Start},
+    launch::{self, Launch, LaunchError, Purpose, Start},
     seccomp::{self, Role},
     server::{End, Guest, Server},
 };
@@ -60,6 +59,7 @@ pub struct Loading {
 
 /// All descriptors of a launch document, each with an owner.
 struct Inherited {
+    purpose: Purpose,
     control: UnixListener,
     /// Kept open until the process ends.
     _held: Vec<OwnedFd>,
@@ -72,17 +72,36 @@ type Failure = Box<dyn Error>;
 ///
 /// Everything it has to say goes to standard error, which is the machine's log.
 pub fn main<G: Guest>(load: impl FnOnce(Loading) -> Result<G, Failure>) -> ExitCode {
-    match run(load) {
-        Ok(never) => match never {},
-        Err(error) => {
-            eprintln!("{}", chain(error.as_ref()));
-            ExitCode::FAILURE
-        }
+    let inherited = match confined() {
+        Ok(inherited) => inherited,
+        Err(error) => return fail(error.as_ref()),
+    };
+    let Inherited { control, purpose, loading, _held } = inherited;
+    let guest = match load(loading) {
+        Ok(guest) => guest,
+        // Said while the control socket is still open: whoever waits there reads the log once it is closed.
+        Err(error) => return fail(error.as_ref()),
+    };
+    if let Err(error) = seccomp::enter(Role::Main) {
+        return fail(&error);
     }
+    match Server::new(control, guest, purpose).serve() {
+        Ok(End::Guest(how)) => eprintln!("the machine has ended: {how}"),
+        Ok(End::Quit | End::Orphaned) => {}
+        Err(error) => return fail(&error),
+    }
+    // Without taking the machine apart: the kernel does that at once, whatever its threads are at.
+    process::exit(0)
 }
 
-/// Returns with an error only.
-fn run<G: Guest>(load: impl FnOnce(Loading) -> Result<G, Failure>) -> Result<Infallible, Failure> {
+/// Says why, and ends the process without taking anything apart.
+fn fail(error: &dyn Error) -> ExitCode {
+    eprintln!("{}", chain(error));
+    process::exit(1)
+}
+
+/// Enters the jail, and only then takes what it was given: from there on, what is read may be a guest's or a stranger's.
+fn confined() -> Result<Inherited, Failure> {
     let mut arguments = std::env::args_os().skip(1);
     let document = arguments.next().and_then(|text| text.into_string().ok());
     let (Some(document), None) = (document, arguments.next()) else {
@@ -92,17 +111,7 @@ fn run<G: Guest>(load: impl FnOnce(Loading) -> Result<G, Failure>) -> Result<Inf
     launch.close_others()?;
     share_the_heap();
     super::jail::enter(&launch)?;
-    // From here on, what is read may be a guest's or a stranger's.
-    let purpose = launch.purpose;
-    let inherited = Inherited::take(launch)?;
-    let guest = load(inherited.loading)?;
-    seccomp::enter(Role::Main)?;
-    let mut server = Server::new(inherited.control, guest, purpose);
-    if let End::Guest(how) = server.serve()? {
-        eprintln!("the machine has ended: {how}");
-    }
-    // Without taking the machine apart: the kernel does that at once, whatever its threads are at.
-    process::exit(0);
+    Ok(Inherited::take(launch)?)
 }
 
 /// One heap for all threads: each of its own would cost every fork some hundred kilobytes.
@@ -126,6 +135,7 @@ impl Inherited {
             Start::Restore { state } => Source::Restore { state: take(state).into() },
         };
         Ok(Self {
+            purpose: launch.purpose,
             control: take(launch.control).into(),
             _held: launch.held.into_iter().map(take).collect(),
             loading: Loading {

@@ -59,7 +59,7 @@ fn a_loaded_worker_sees_no_file_system_and_no_network() {
 #[test]
 fn what_a_worker_inherits_by_accident_is_closed() {
     let forgotten: OwnedFd = File::open("/etc").unwrap().into();
-    let (worker, mut client) = Worker::start_with(Purpose::Fork, vec![forgotten]);
+    let (worker, mut client) = Worker::start_with(Purpose::Fork, vec![forgotten], MEMORY);
     client.phase();
     let open = fs::read_dir(format!("/proc/{}/fd", worker.pid())).unwrap().flatten();
     for entry in open {

@@ -45,12 +45,20 @@ fn a_template_ends_with_its_builder_even_while_it_runs() {
 }
 
 #[test]
-fn a_worker_that_can_not_load_says_why() {
-    let (mut worker, mut client) = Worker::start(Purpose::Fork);
-    client.phase();
-    let status = Command::new(program()).arg("{}").stderr(Stdio::piped()).output().unwrap();
-    assert!(!status.status.success());
-    assert!(String::from_utf8_lossy(&status.stderr).contains("launch document"));
-    client.done(&Request::Quit);
-    assert!(worker.end().success());
+fn a_worker_that_can_not_start_says_why() {
+    let refused = Command::new(program()).arg("{}").stderr(Stdio::piped()).output().unwrap();
+    assert!(!refused.status.success());
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("launch document"));
+}
+
+/// The host takes a closed connection for the end, and reads the log then.
+#[test]
+fn a_worker_that_can_not_load_has_said_why_when_its_connection_closes() {
+    for _ in 0..20 {
+        let (mut worker, mut client) = Worker::start_with(Purpose::Fork, Vec::new(), MEMORY + 4096);
+        assert_eq!(client.ask(&Request::Status, None), None);
+        let log = worker.log();
+        assert!(log.contains("memory file"), "{log}");
+        assert_eq!(worker.end().code(), Some(1));
+    }
 }

@@ -57,11 +57,11 @@ struct Worker {
 
 impl Worker {
     fn start(purpose: Purpose) -> (Self, Client) {
-        Self::start_with(purpose, Vec::new())
+        Self::start_with(purpose, Vec::new(), MEMORY)
     }
 
-    /// `forgotten` are descriptors that it inherits by accident.
-    fn start_with(purpose: Purpose, forgotten: Vec<OwnedFd>) -> (Self, Client) {
+    /// `forgotten` are descriptors that it inherits by accident; `memory_bytes` is what it is told of its memory file.
+    fn start_with(purpose: Purpose, forgotten: Vec<OwnedFd>, memory_bytes: u64) -> (Self, Client) {
         let dir = tempfile::tempdir().unwrap();
         let memory =
             File::options().create(true).truncate(true).read(true).write(true).open(dir.path().join("memory")).unwrap();
@@ -75,7 +75,7 @@ impl Worker {
             purpose,
             user: is_root().then_some((USER, USER)),
             namespaces: is_root(),
-            machine: MachineConfig { memory_bytes: MEMORY, vcpus: 1 },
+            machine: MachineConfig { memory_bytes, vcpus: 1 },
             kvm: kvm.as_raw_fd(),
             control: listener.as_raw_fd(),
             memory: memory.as_raw_fd(),
