@@ -133,7 +133,10 @@ impl VcpuState {
         self.sregs.load(vcpu, support.capabilities.sregs2)?;
         vcpu.set_regs(&self.regs).map_err(failed("KVM_SET_REGS"))?;
         xsave::load(vcpu, &self.xsave, support)?;
-        vcpu.set_xcrs(&self.xcrs).map_err(failed("KVM_SET_XCRS"))?;
+        // A processor without XSAVE has none, and KVM refuses even an empty list.
+        if self.xcrs.nr_xcrs != 0 {
+            vcpu.set_xcrs(&self.xcrs).map_err(failed("KVM_SET_XCRS"))?;
+        }
         if self.debug != DEBUG_WHEN_NEW {
             vcpu.set_debug_regs(&self.debug).map_err(failed("KVM_SET_DEBUGREGS"))?;
         }
