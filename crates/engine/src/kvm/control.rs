@@ -176,3 +176,65 @@ impl PrivateMemory for WorkerMemory<'_> {
         self.control.run(&Request::Deliver(writes), None, self.limit).map_err(ControlError::into_io)
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_millis(300);
+
+    /// A worker that answers everything it is sent with these bytes, then closes the connection.
+    fn answering(bytes: Vec<u8>) -> Control {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        thread::spawn(move || {
+            let mut length = [0; 4];
+            theirs.read_exact(&mut length).unwrap();
+            Frame::receive(length, &mut theirs).unwrap();
+            theirs.write_all(&bytes).unwrap();
+        });
+        Control::new(ours)
+    }
+
+    fn reply(reply: &Reply<'_>) -> Vec<u8> {
+        Frame::reply(reply).unwrap().bytes().to_vec()
+    }
+
+    #[test]
+    fn a_worker_that_does_not_keep_to_the_protocol_is_an_error() {
+        let good = reply(&Reply::Done);
+        answering(good.clone()).run(&Request::Pause, None, LIMIT).unwrap();
+        let cut = good[..good.len() - 1].to_vec();
+        let other = reply(&Reply::Bytes(b"what for?"));
+        for bytes in [Vec::new(), vec![0xff; 64], vec![0; 64], cut, other, vec![2, 0, 0, 0, 1, 0xff]] {
+            let answer = answering(bytes.clone()).run(&Request::Pause, None, LIMIT);
+            assert!(matches!(answer, Err(ControlError::Broken(_))), "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_is_cleaned_for_a_terminal() {
+        let answer = answering(reply(&Reply::Refused("no\x1b[2J"))).run(&Request::Pause, None, LIMIT);
+        assert!(matches!(answer, Err(ControlError::Refused(reason)) if reason == "no [2J"));
+    }
+
+    #[test]
+    fn a_silent_worker_is_waited_for_only_so_long() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let answer = Control::new(ours).status(Duration::from_millis(50));
+        assert!(matches!(answer, Err(ControlError::Late(_))));
+    }
+
+    #[test]
+    fn pages_are_as_many_as_were_asked_for() {
+        for (bytes, good) in
+            [(vec![7; 2 * PAGE_SIZE], true), (vec![7; PAGE_SIZE], false), (vec![7; 3 * PAGE_SIZE], false)]
+        {
+            let control = answering(reply(&Reply::Bytes(&bytes)));
+            let memory = WorkerMemory { control: &control, size: 1 << 20, limit: LIMIT };
+            assert_eq!(memory.read_pages(&[0, 8192]).is_ok(), good);
+        }
+    }
+}
