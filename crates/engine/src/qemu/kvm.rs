@@ -8,7 +8,7 @@ use std::{path::Path, time::Duration};
 use super::QemuEngine;
 use crate::{Accel, BootSpec, Confinement, KvmState, Machine};
 
-/// A kernel reaches its panic in less than two seconds on real KVM; inside an emulated machine that is busy it took 20.
+/// A kernel reaches its panic in less than two seconds on real KVM; inside an emulated machine that is busy it took 19.
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
 
 /// Boots `kernel` in `dir`, an empty directory.
