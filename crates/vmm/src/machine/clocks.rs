@@ -12,6 +12,8 @@ use crate::snapshot::Snapshot;
 
 /// `IA32_TIME_STAMP_COUNTER`.
 const TSC: u32 = 0x10;
+/// Minutes away from everything, in counts.
+const FAR_AWAY: u64 = 1 << 40;
 /// A wait no guest notices: not worth the calls.
 const SHORT: Duration = Duration::from_millis(20);
 
@@ -43,10 +45,13 @@ impl StoppedClocks {
         if self.loaded.elapsed() < SHORT {
             return;
         }
-        // Counters before the clock, which is computed from them.
+        // Counters before the clock, which is computed from them. The first is moved far away before: within a second of what KVM
+        // expects it would be taken for an attempt to bring vCPUs in step, and forgotten. For the others that is what is wanted.
+        let entry = |data| kvm_msr_entry { index: TSC, data, ..Default::default() };
+        let mut before = self.counters.first().map(|counter| entry(counter.wrapping_add(FAR_AWAY)));
         for (vcpu, counter) in prepared.vcpus.iter().zip(&self.counters) {
-            let entry = kvm_msr_entry { index: TSC, data: *counter, ..Default::default() };
-            if let Ok(msrs) = Msrs::from_entries(&[entry]) {
+            let entries: Vec<_> = before.take().into_iter().chain([entry(*counter)]).collect();
+            if let Ok(msrs) = Msrs::from_entries(&entries) {
                 let _ = vcpu.vcpu().set_msrs(&msrs);
             }
         }

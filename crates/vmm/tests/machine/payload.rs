@@ -124,6 +124,21 @@ impl Guest {
         }
     }
 
+    /// Has the guest say a byte; leaves it running. One that is about to forget the last byte would forget this one too.
+    pub fn say(&mut self, word: u8) {
+        loop {
+            self.machine.pause();
+            let mut last = [0];
+            self.machine.read(WORD, &mut last).unwrap();
+            if last == [0] {
+                self.machine.write(WORD, &[word]).unwrap();
+                return self.machine.resume();
+            }
+            self.machine.resume();
+            std::thread::yield_now();
+        }
+    }
+
     /// How far the guest has counted. It must be paused.
     pub fn count(&self) -> u64 {
         let mut bytes = [0; 8];
