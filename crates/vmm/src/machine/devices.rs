@@ -19,7 +19,7 @@ use crate::{
         GENERATION_GSI, GENERATION_PORT, KEYBOARD_PORT, KEYBOARD_PORTS, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS,
         VIRTIO_MMIO_BYTES, virtio_slot,
     },
-    virtio::{Block, Console, LoadError, MmioTransport, Rng, VirtioDevice, connect},
+    virtio::{Block, Console, LoadError, MmioTransport, Net, Rng, VirtioDevice, connect},
 };
 
 /// What the devices of a machine are connected to on the host.
@@ -35,7 +35,8 @@ pub struct DeviceFiles {
     pub channels: Vec<UnixListener>,
     /// Where the serial console's output goes: a regular file, or something that never blocks. `None` drops it.
     pub console: Option<File>,
-    /// Network interface (a tap with `IFF_VNET_HDR`), if the machine has one.
+    /// Network interface, if the machine has one: a tap (`IFF_TAP | IFF_NO_PI`), or a datagram socket with a frame in each. A copy
+    /// needs one if the template had one.
     pub tap: Option<OwnedFd>,
 }
 
@@ -45,6 +46,11 @@ const GENERATION: &str = "generation";
 const ROOT: &str = "root";
 const PORTS: &str = "ports";
 const RANDOM: &str = "random";
+const NETWORK: &str = "network";
+
+/// Address of every guest's network card: locally administered. A copy's driver knows the template's; what a fork is called
+/// on its network is part of its identity, which its agent sets.
+const MAC: [u8; 6] = [0x02, 0x6f, 0x66, 0x66, 0x73, 0x68];
 
 /// All devices.
 #[derive(Debug)]
@@ -91,11 +97,15 @@ impl Devices {
         ports.insert(GENERATION_PORT.into(), 1, generation.clone())?;
 
         let disk = Block::new(files.root_image, ROOT).map_err(MachineError::resources("its root image"))?;
-        let devices: [(&'static str, Box<dyn VirtioDevice>); 3] = [
+        let mut devices: Vec<(&'static str, Box<dyn VirtioDevice>)> = vec![
             (ROOT, Box::new(disk)),
             (PORTS, Box::new(Console::offshoot(files.ack, files.channels)?)),
             (RANDOM, Box::new(Rng::new())),
         ];
+        if let Some(tap) = files.tap {
+            let card = Net::new(tap, MAC).map_err(MachineError::resources("its network interface"))?;
+            devices.push((NETWORK, Box::new(card)));
+        }
         let mut virtio = Vec::with_capacity(devices.len());
         for (slot, (name, device)) in (0..).zip(devices) {
             let (base, gsi) = virtio_slot(slot).ok_or_else(|| MachineError::OtherDevices(name.into()))?;

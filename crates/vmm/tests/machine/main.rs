@@ -209,6 +209,10 @@ fn a_state_with_other_devices_or_another_size_is_refused() {
         damaged.devices.insert(name.clone(), vec![0x77; 3]);
         assert!(restore(&damaged).is_err(), "{name}");
     }
+    let mut with_network = files(&console);
+    with_network.tap = Some(std::os::unix::net::UnixDatagram::pair().unwrap().0.into());
+    let refused = Machine::restore(&snapshot, &memory, with_network).map(drop);
+    assert!(matches!(refused, Err(MachineError::OtherDevices(name)) if name == "network"));
     let mut more = snapshot.clone();
     more.devices.insert("floppy".into(), Vec::new());
     assert!(matches!(restore(&more), Err(MachineError::OtherDevices(name)) if name == "floppy"));
