@@ -49,9 +49,6 @@ pub enum KvmError {
     /// A model-specific register.
     #[error("KVM did not take model-specific register {0:#x}")]
     Msr(u32),
-    /// A table of unexpected size.
-    #[error("KVM has {0} CPUID entries, more than can be given to a vCPU")]
-    Cpuid(usize),
 }
 
 impl KvmError {
