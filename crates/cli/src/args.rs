@@ -113,7 +113,7 @@ pub struct Build {
     /// Guest kernel [default: the distribution's, unpacked into the cache]
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
-    /// What runs the template and its forks [default: kvm where a probe shows that it works, else qemu]
+    /// What runs the template and its forks; kvm, our own monitor, is young [default: qemu]
     #[arg(long, value_name = "ENGINE")]
     pub engine: Option<EngineArg>,
     /// What executes the guest [default: kvm where a probe shows that it works, else tcg]
