@@ -133,5 +133,5 @@ test_in_rig() {
         set -- --file "$path:/var/cache/offshoot${path#"$kept"}" "$@"
     done
     "$offshoot_source/scripts/rig" run --timeout "${OFFSHOOT_RIG_TIMEOUT:-5400}" --memory 6G --disk tests \
-        --env OFFSHOOT_TEST_DIR=/kept "$@"
+        --env OFFSHOOT_TEST_DIR=/kept --env OFFSHOOT_TEST_ENGINE=kvm "$@"
 }

@@ -1,6 +1,7 @@
 //! Templates that many tests share: built once for these programs and recipes, and kept for the next run.
 
 use std::{
+    env,
     fs::{self, File},
     hash::{DefaultHasher, Hash, Hasher},
     path::{Path, PathBuf},
@@ -67,7 +68,11 @@ impl Template {
     pub(crate) fn read(data: &Path, tag: &str) -> Self {
         let path = data.join("templates").join(tag).join("manifest.json");
         let text = fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        let manifest = serde_json::from_slice(&text).expect("the manifest is JSON");
+        let manifest: Value = serde_json::from_slice(&text).expect("the manifest is JSON");
+        // Whoever runs the tests for one engine must not be told of another.
+        if let Ok(wanted) = env::var("OFFSHOOT_TEST_ENGINE") {
+            assert_eq!(manifest["engine"]["name"], wanted, "{tag} was made by another engine");
+        }
         Self { tag: tag.to_owned(), data: data.to_owned(), manifest }
     }
 }

@@ -28,7 +28,11 @@ pub use process::ProcessRef;
 pub use spec::{Accel, BootSpec, Capabilities, Confinement, EngineInfo, EngineName, Machine, RestoreSpec};
 pub use vm::{BootedVm, DeliverError, Letter, PausedVm, RunningVm, SealedVm, SpareVm};
 
-use std::{io, path::PathBuf, time::Duration};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use thiserror::Error;
 
@@ -143,4 +147,19 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// [`EngineError`]; the machine may still be there, and must be ended by the caller.
     fn adopt(&self, spec: &RestoreSpec<'_>, process: &ProcessRef) -> Result<PausedVm, EngineError>;
+
+    /// The pages that a fork has copied for itself so far, as contents of the file that later forks of the template can be
+    /// [given](RestoreSpec::pages_file), so that they have these pages before they run. `None` if the engine has no use for it.
+    ///
+    /// # Errors
+    /// If the process can not be looked at.
+    fn pages_to_have_ready(
+        &self,
+        memory_file: &Path,
+        machine: Machine,
+        process: &ProcessRef,
+    ) -> Result<Option<Vec<u8>>, EngineError> {
+        let _ = (memory_file, machine, process);
+        Ok(None)
+    }
 }

@@ -120,6 +120,9 @@ pub struct RestoreSpec<'a> {
     pub memory_file: &'a Path,
     /// The template's device state.
     pub state_file: &'a Path,
+    /// What [`Engine::pages_to_have_ready`](crate::Engine::pages_to_have_ready) said of an earlier fork of the template, if
+    /// such a file is there.
+    pub pages_file: Option<&'a Path>,
     /// Rights of the process.
     pub confinement: Confinement<'a>,
 }

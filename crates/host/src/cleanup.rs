@@ -17,7 +17,7 @@ use store::Store;
 use crate::{
     forks,
     home::Home,
-    limits, machines,
+    limits, machines, pages,
     record::{self, Entry},
 };
 
@@ -45,6 +45,8 @@ enum Action {
     Cgroup,
     /// A half-made or half-removed template.
     Template,
+    /// What was noted of a template's forks.
+    Pages,
 }
 
 /// What was found.
@@ -144,6 +146,14 @@ pub fn plan(home: &Home, store: &Store) -> io::Result<Plan> {
             });
         }
     }
+    for path in pages::leftovers(home, store)? {
+        plan.leftovers.push(Leftover {
+            what: "list of pages that forks need first".into(),
+            reason: "its template is gone".into(),
+            path,
+            action: Action::Pages,
+        });
+    }
     for left in store.leftovers().map_err(io::Error::other)? {
         plan.leftovers.push(Leftover {
             what: "half-made or half-removed template".into(),
@@ -177,7 +187,7 @@ pub fn carry_out(home: &Home, leftover: &Leftover) -> io::Result<()> {
             }
             record::remove(home, &leftover.path, id)
         }
-        Action::Name => fs::remove_file(&leftover.path),
+        Action::Name | Action::Pages => fs::remove_file(&leftover.path),
         Action::Cgroup => fs::remove_dir(&leftover.path),
         Action::Template => {
             for process in holders(&leftover.path)? {

@@ -38,24 +38,23 @@ pub enum ChoiceError {
     Engine(#[from] EngineError),
 }
 
-/// The engine for a new template: QEMU, with KVM where a kernel really boots on it, else by emulation; or what the caller
-/// forces. Our own engine is not chosen by itself before the tests of the whole system have passed with it.
+/// The engine for a new template, unless the caller forces one: our own where a kernel really boots on it; else QEMU, with
+/// KVM where a kernel boots on that, else by emulation.
 ///
 /// # Errors
 /// [`ChoiceError`].
 pub fn for_build(home: &Home, forced: Forced, kernel: &Path) -> Result<Box<dyn Engine>, ChoiceError> {
-    let works = |state| state == KvmState::Works;
+    let works = |engine| probe(home, engine, Some(kernel)) == KvmState::Works;
     let ours = match (forced.engine, forced.accel) {
         (Some(EngineName::Kvm), Some(Accel::Tcg)) => return Err(ChoiceError::NoEmulation),
         (Some(EngineName::Kvm), _) => true,
-        (Some(EngineName::Qemu) | None, _) => false,
+        (Some(EngineName::Qemu), _) | (None, Some(Accel::Tcg)) => false,
+        (None, _) => works(EngineName::Kvm),
     };
     if ours {
         return Ok(Box::new(KvmEngine::find()?));
     }
-    let accel = forced
-        .accel
-        .unwrap_or_else(|| if works(probe(home, EngineName::Qemu, Some(kernel))) { Accel::Kvm } else { Accel::Tcg });
+    let accel = forced.accel.unwrap_or_else(|| if works(EngineName::Qemu) { Accel::Kvm } else { Accel::Tcg });
     Ok(Box::new(QemuEngine::find(accel)?))
 }
 

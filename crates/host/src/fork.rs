@@ -27,7 +27,7 @@ use crate::{
     confine, fault,
     home::Home,
     limits::{ForkCgroups, LimitError},
-    pool,
+    pages, pool,
     record::{ForkRecord, MailboxReport, NewFork, StepTime},
     request::{Addressed, ForkRequest, RequestError},
 };
@@ -232,12 +232,14 @@ impl Plan<'_> {
 
         let manifest = self.template.manifest();
         let procs = cgroups.procs();
+        let pages = pages::file(self.home, self.template);
         let spec = RestoreSpec {
             dir: new.dir(),
             machine: manifest.machine,
             root_image: &self.template.root_image(),
             memory_file: &self.template.memory_file(),
             state_file: &self.template.state_file(),
+            pages_file: pages.as_deref(),
             confinement: Confinement { cgroups: &procs, ..confine::of_fork(&id, &manifest.id) },
         };
         let paused = match spare.0.as_ref().map(|process| self.engine.adopt(&spec, process)) {
@@ -301,6 +303,7 @@ impl Plan<'_> {
             host_steps: watch.steps,
             guest_steps: guest_steps(&acks),
         };
+        pages::note(self.home, self.engine, self.template, &record.process);
         drop(procs);
         // Nothing may fail between keeping the groups and publishing the record that names them.
         record.cgroups = cgroups.keep();

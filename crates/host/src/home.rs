@@ -73,13 +73,15 @@ impl Home {
         let forks = self.forks();
         let names = self.names();
         let pools = self.pools();
-        let places: [(&Path, u32, &'static str); 6] = [
+        let pages = self.pages();
+        let places: [(&Path, u32, &'static str); 7] = [
             (&self.data, 0o711, "OFFSHOOT_DATA_DIR"),
             (&self.cache, 0o711, "OFFSHOOT_CACHE_DIR"),
             (&self.state, 0o700, "OFFSHOOT_STATE_DIR"),
             (&forks, 0o700, "OFFSHOOT_STATE_DIR"),
             (&names, 0o700, "OFFSHOOT_STATE_DIR"),
             (&pools, 0o700, "OFFSHOOT_STATE_DIR"),
+            (&pages, 0o700, "OFFSHOOT_STATE_DIR"),
         ];
         for (path, mode, variable) in places {
             fs::DirBuilder::new().recursive(true).mode(mode).create(path).map_err(|source| HomeError::Make {
@@ -101,6 +103,12 @@ impl Home {
     #[must_use]
     pub fn pools(&self) -> PathBuf {
         self.state.join("pools")
+    }
+
+    /// One file per template that has been forked: the pages that a fork needs first.
+    #[must_use]
+    pub fn pages(&self) -> PathBuf {
+        self.state.join("pages")
     }
 
     /// One link per fork name in use, to the fork's id.

@@ -19,6 +19,7 @@ pub mod home;
 pub mod image;
 pub mod limits;
 mod machines;
+mod pages;
 pub mod pool;
 pub mod progress;
 pub mod recipe;

@@ -28,6 +28,7 @@ use crate::{
     fork::{ForkError, new_id},
     forks,
     home::Home,
+    pages,
     record::{self, Entry, NewFork},
 };
 
@@ -206,6 +207,7 @@ fn start_one(home: &Home, engine: &dyn Engine, template: &Template) -> Result<()
         root_image: &template.root_image(),
         memory_file: &template.memory_file(),
         state_file: &template.state_file(),
+        pages_file: pages::file(home, template).as_deref(),
         confinement: Confinement { cgroups: &[], ..confine::of_fork(&id, &manifest.id) },
     })?;
     let process = spare.process().clone();

@@ -1,11 +1,13 @@
 //! Memory images: the marker scan, sparse files, filling mailboxes, and patching another process' private pages.
 #![forbid(unsafe_code)]
 
+mod copied;
 mod letters;
 mod patch;
 mod scan;
 mod sparse;
 
+pub use copied::copied_pages;
 pub use letters::{Letter, PatchError, PrivateMemory, fill_mailboxes};
 pub use patch::ProcessMemory;
 pub use scan::{Ambiguous, ExpectedMailbox, Mailbox, PlantedBy, Scan, ScanError, find_mailboxes};

@@ -28,27 +28,7 @@ impl ProcessMemory {
     /// # Errors
     /// [`PatchError::Mapping`] if there is none, it is shared, or does not cover `size` bytes.
     pub fn open(pid: u32, file: &File, size: u64) -> Result<Self, PatchError> {
-        let maps = fs::read_to_string(format!("/proc/{pid}/maps")).map_err(PatchError::Open)?;
-        let metadata = file.metadata().map_err(PatchError::Open)?;
-        let device = (rustix::fs::major(metadata.dev()), rustix::fs::minor(metadata.dev()));
-        let mappings = private_mappings(&maps, |mapping| {
-            mapping.inode == metadata.ino()
-                && (mapping.device == device
-                    // Some file systems (btrfs, overlays) show another device in maps than in stat.
-                    || fs::metadata(&mapping.path)
-                        .is_ok_and(|other| (other.dev(), other.ino()) == (metadata.dev(), metadata.ino())))
-        })?;
-        let mut covered = 0;
-        for (range, _) in &mappings {
-            // A second mapping of a part would show the guest other bytes than the ones written.
-            if range.start != covered {
-                return Err(PatchError::Mapping("its mappings overlap or leave gaps"));
-            }
-            covered = range.end;
-        }
-        if covered != size {
-            return Err(PatchError::Mapping("it does not cover the guest's memory"));
-        }
+        let mappings = mappings_of(pid, file, size)?;
         let memory =
             OpenOptions::new().read(true).write(true).open(format!("/proc/{pid}/mem")).map_err(PatchError::Open)?;
         Ok(Self { memory, mappings })
@@ -93,6 +73,32 @@ impl PrivateMemory for ProcessMemory {
         }
         Ok(())
     }
+}
+
+/// Where the private mapping of the first `size` bytes of `file` lies in the process `pid`, by offset in the file.
+pub(crate) fn mappings_of(pid: u32, file: &File, size: u64) -> Result<Vec<(Range<u64>, u64)>, PatchError> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).map_err(PatchError::Open)?;
+    let metadata = file.metadata().map_err(PatchError::Open)?;
+    let device = (rustix::fs::major(metadata.dev()), rustix::fs::minor(metadata.dev()));
+    let mappings = private_mappings(&maps, |mapping| {
+        mapping.inode == metadata.ino()
+            && (mapping.device == device
+                // Some file systems (btrfs, overlays) show another device in maps than in stat.
+                || fs::metadata(&mapping.path)
+                    .is_ok_and(|other| (other.dev(), other.ino()) == (metadata.dev(), metadata.ino())))
+    })?;
+    let mut covered = 0;
+    for (range, _) in &mappings {
+        // A second mapping of a part would show the guest other bytes than the ones written.
+        if range.start != covered {
+            return Err(PatchError::Mapping("its mappings overlap or leave gaps"));
+        }
+        covered = range.end;
+    }
+    if covered != size {
+        return Err(PatchError::Mapping("it does not cover the guest's memory"));
+    }
+    Ok(mappings)
 }
 
 /// Mappings of a file in `/proc/PID/maps`, by offset. The file is known by device and inode, never by its name.

@@ -11,6 +11,7 @@ pub mod kvm;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod prefetch;
 pub mod snapshot;
 pub mod virtio;
 pub mod worker;

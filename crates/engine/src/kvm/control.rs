@@ -1,19 +1,21 @@
 //! The host's end of a worker's control socket.
 
 use std::{
+    cell::RefCell,
+    fs::File,
     io::{self, IoSlice, Read, Write as _},
     mem::MaybeUninit,
     os::{
         fd::{AsFd, BorrowedFd},
-        unix::net::UnixStream,
+        unix::{fs::FileExt, net::UnixStream},
     },
     time::Duration,
 };
 
-use identity::mailbox::{PAGE_SIZE, Page};
+use identity::mailbox::{PAGE_SIZE, Page, offset};
 use memory::PrivateMemory;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
-use vmm::worker::protocol::{Frame, FrameError, Phase, Range, Reply, Request, Write};
+use vmm::worker::protocol::{Frame, FrameError, Phase, Reply, Request, Write};
 
 use crate::EngineError;
 
@@ -138,15 +140,27 @@ fn unexpected(reply: &Reply<'_>) -> ControlError {
 }
 
 /// A worker's machine that has never run, as memory.
+///
+/// It is a private mapping that nobody has written to, so what is to be seen in it stands in the template's file as well;
+/// reading that instead of asking saves a question. The worker makes sure of it before it writes.
 #[derive(Debug)]
 pub(super) struct WorkerMemory<'a> {
-    pub(super) control: &'a Control,
-    pub(super) size: u64,
-    pub(super) limit: Duration,
+    control: &'a Control,
+    template: &'a File,
+    size: u64,
+    limit: Duration,
+    /// The heads of the pages that were read, by offset.
+    seen: RefCell<Vec<(u64, [u8; HEAD])>>,
 }
 
-/// Pages read with one request.
-const PAGES_AT_ONCE: usize = 256;
+/// Bytes of a mailbox's page that say what it is, and that nothing was written to it yet.
+const HEAD: usize = offset::PAYLOAD_LEN;
+
+impl<'a> WorkerMemory<'a> {
+    pub(super) fn new(control: &'a Control, template: &'a File, size: u64, limit: Duration) -> Self {
+        Self { control, template, size, limit, seen: RefCell::default() }
+    }
+}
 
 impl PrivateMemory for WorkerMemory<'_> {
     fn size(&self) -> u64 {
@@ -154,26 +168,23 @@ impl PrivateMemory for WorkerMemory<'_> {
     }
 
     fn read_pages(&self, offsets: &[u64]) -> io::Result<Vec<Page>> {
-        let mut pages = Vec::with_capacity(offsets.len());
-        for offsets in offsets.chunks(PAGES_AT_ONCE) {
-            #[allow(clippy::cast_possible_truncation)]
-            let ranges = offsets.iter().map(|&offset| Range { offset, len: PAGE_SIZE as u32 }).collect();
-            let reply = self.control.ask(&Request::Read(ranges), None, self.limit).map_err(ControlError::into_io)?;
-            let reply = reply.as_reply().map_err(|error| ControlError::from(error).into_io())?;
-            match reply {
-                Reply::Bytes(bytes) if bytes.len() == offsets.len() * PAGE_SIZE => {
-                    pages.extend(bytes.as_chunks::<PAGE_SIZE>().0);
-                }
-                other => return Err(unexpected(&other).into_io()),
-            }
-        }
-        Ok(pages)
+        let mut seen = self.seen.borrow_mut();
+        let read = |&offset: &u64| {
+            let mut page: Page = [0; PAGE_SIZE];
+            self.template.read_exact_at(&mut page, offset)?;
+            seen.extend(page.first_chunk().map(|head| (offset, *head)));
+            Ok(page)
+        };
+        offsets.iter().map(read).collect()
     }
 
     /// In one request: all or nothing.
     fn write_in_order(&self, writes: &[(u64, &[u8])]) -> io::Result<()> {
+        let seen = self.seen.borrow();
+        let expected = seen.iter().map(|(offset, head)| Write { offset: *offset, bytes: head }).collect();
         let writes = writes.iter().map(|&(offset, bytes)| Write { offset, bytes }).collect();
-        self.control.run(&Request::Deliver(writes), None, self.limit).map_err(ControlError::into_io)
+        let deliver = Request::Deliver { expected, writes };
+        self.control.run(&deliver, None, self.limit).map_err(ControlError::into_io)
     }
 }
 
@@ -228,13 +239,25 @@ mod tests {
     }
 
     #[test]
-    fn pages_are_as_many_as_were_asked_for() {
-        for (bytes, good) in
-            [(vec![7; 2 * PAGE_SIZE], true), (vec![7; PAGE_SIZE], false), (vec![7; 3 * PAGE_SIZE], false)]
-        {
-            let control = answering(reply(&Reply::Bytes(&bytes)));
-            let memory = WorkerMemory { control: &control, size: 1 << 20, limit: LIMIT };
-            assert_eq!(memory.read_pages(&[0, 8192]).is_ok(), good);
-        }
+    fn a_delivery_says_what_must_be_there() {
+        let template = tempfile::tempfile().unwrap();
+        template.set_len(3 * 4096).unwrap();
+        template.write_all_at(b"marker", 4096).unwrap();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let worker = thread::spawn(move || {
+            let mut length = [0; 4];
+            theirs.read_exact(&mut length).unwrap();
+            let frame = Frame::receive(length, &mut theirs).unwrap();
+            theirs.write_all(&reply(&Reply::Done)).unwrap();
+            let Request::Deliver { expected, writes } = frame.as_request().unwrap() else { panic!("no delivery") };
+            (expected[0].offset, expected[0].bytes.to_vec(), writes[0].bytes.to_vec())
+        });
+        let control = Control::new(ours);
+        let memory = WorkerMemory::new(&control, &template, 3 * 4096, LIMIT);
+        assert_eq!(&memory.read_pages(&[4096]).unwrap()[0][..6], b"marker");
+        assert!(memory.read_pages(&[3 * 4096]).is_err());
+        memory.write_in_order(&[(4096 + 300, b"letter")]).unwrap();
+        let (offset, head, letter) = worker.join().unwrap();
+        assert_eq!((offset, &head[..6], head.len(), letter.as_slice()), (4096, &b"marker"[..], HEAD, &b"letter"[..]));
     }
 }

@@ -32,7 +32,7 @@ const ADOPT_LIMIT: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) enum Source {
     Boot { memory: File, kernel: File, initramfs: Option<File>, console: File },
-    Restore { memory: File, state: File },
+    Restore { memory: File, state: File, pages: Option<File> },
 }
 
 /// A worker with a loaded machine. Its process ends with this value unless it is released.
@@ -40,6 +40,8 @@ pub(super) enum Source {
 pub(super) struct Worker {
     pub(super) machine: MachineProcess,
     pub(super) control: Control,
+    /// The memory file: what a fork's memory is a copy of.
+    pub(super) template: File,
     pub(super) memory_bytes: u64,
 }
 
@@ -87,10 +89,14 @@ impl Worker {
         // Connected before it starts: it answers as soon as it can, and notices if we go.
         let stream = own.connect().map_err(control)?;
         let spawned = spawn(command, dir, launch.descriptors(), confinement, purpose, Jail::Itself)?;
-        drop((kvm, root_image, memory, others));
+        drop((kvm, root_image, others));
         let machine_process = spawned.with(own.into_ack().map_err(control)?, dir);
-        let worker =
-            Self { machine: machine_process, control: Control::new(stream), memory_bytes: machine.memory_bytes };
+        let worker = Self {
+            machine: machine_process,
+            control: Control::new(stream),
+            template: memory,
+            memory_bytes: machine.memory_bytes,
+        };
         match worker.check(machine, START_LIMIT, during) {
             Ok(()) => Ok(worker),
             Err(error) => {
@@ -102,12 +108,21 @@ impl Worker {
     }
 
     /// Takes over a worker that another process started in `dir` and released.
-    pub(super) fn adopt(dir: &Path, machine: Machine, process: ProcessRef) -> Result<Self, EngineError> {
+    pub(super) fn adopt(
+        dir: &Path,
+        machine: Machine,
+        template: File,
+        process: ProcessRef,
+    ) -> Result<Self, EngineError> {
         let during = "taking over a spare machine";
         let (stream, ack) = machine_dir::reconnect(dir).map_err(|source| EngineError::Control { during, source })?;
         let control = Control::new(stream);
-        let worker =
-            Self { machine: MachineProcess::adopt(process, ack, dir), control, memory_bytes: machine.memory_bytes };
+        let worker = Self {
+            machine: MachineProcess::adopt(process, ack, dir),
+            control,
+            template,
+            memory_bytes: machine.memory_bytes,
+        };
         worker.check(machine, ADOPT_LIMIT, during)?;
         Ok(worker)
     }
@@ -139,9 +154,9 @@ impl Source {
     /// The memory file, files to keep until the worker has them, and what to tell it of them.
     fn start(self) -> (File, Vec<File>, Start) {
         match self {
-            Self::Restore { memory, state } => {
-                let start = Start::Restore { state: state.as_raw_fd() };
-                (memory, vec![state], start)
+            Self::Restore { memory, state, pages } => {
+                let start = Start::Restore { state: state.as_raw_fd(), pages: pages.as_ref().map(AsRawFd::as_raw_fd) };
+                (memory, [state].into_iter().chain(pages).collect(), start)
             }
             Self::Boot { memory, kernel, initramfs, console } => {
                 let start = Start::Boot {

@@ -9,21 +9,25 @@ mod launch;
 mod probe;
 
 use std::{
-    fs::OpenOptions,
+    fs::{File, OpenOptions},
+    io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use memory::fill_mailboxes;
-use vmm::worker::protocol::{Phase, Request};
+use memory::{copied_pages, fill_mailboxes};
+use vmm::{
+    prefetch::PageList,
+    worker::protocol::{Phase, Request},
+};
 
 pub use find::{PROGRAM, program};
 pub use probe::probe;
 
 use crate::{
     Accel, AckStream, BootSpec, BootedVm, Capabilities, DeliverError, Engine, EngineError, EngineInfo, EngineName,
-    Letter, PausedVm, ProcessRef, RestoreSpec, RunningVm, SpareVm, machine_dir,
+    Letter, Machine, PausedVm, ProcessRef, RestoreSpec, RunningVm, SpareVm, machine_dir,
     machine_process::Purpose,
     vm::{PausedBackend, SpareBackend},
 };
@@ -58,6 +62,8 @@ impl KvmEngine {
         let source = Source::Restore {
             memory: machine_dir::open(spec.memory_file)?,
             state: machine_dir::open(spec.state_file)?,
+            // It may not be there yet.
+            pages: spec.pages_file.and_then(|path| File::open(path).ok()),
         };
         Worker::launch(&self.program, spec.dir, spec.machine, spec.root_image, source, &spec.confinement, purpose)
     }
@@ -112,7 +118,22 @@ impl Engine for KvmEngine {
     }
 
     fn adopt(&self, spec: &RestoreSpec<'_>, process: &ProcessRef) -> Result<PausedVm, EngineError> {
-        Ok(PausedVm::new(Box::new(Paused(Worker::adopt(spec.dir, spec.machine, process.clone())?))))
+        let template = machine_dir::open(spec.memory_file)?;
+        Ok(PausedVm::new(Box::new(Paused(Worker::adopt(spec.dir, spec.machine, template, process.clone())?))))
+    }
+
+    fn pages_to_have_ready(
+        &self,
+        memory_file: &Path,
+        machine: Machine,
+        process: &ProcessRef,
+    ) -> Result<Option<Vec<u8>>, EngineError> {
+        let file = machine_dir::open(memory_file)?;
+        let pages = copied_pages(process.pid, &file, machine.memory_bytes).map_err(|error| {
+            let source = io::Error::other(error);
+            EngineError::Control { during: "looking at the pages of a fork", source }
+        })?;
+        Ok(Some(PageList::new(pages).encode()))
     }
 }
 
@@ -163,7 +184,7 @@ impl PausedBackend for Paused {
     }
 
     fn patch(&mut self, letters: &[Letter<'_>]) -> Result<(), DeliverError> {
-        let memory = WorkerMemory { control: &self.0.control, size: self.0.memory_bytes, limit: COMMAND_LIMIT };
+        let memory = WorkerMemory::new(&self.0.control, &self.0.template, self.0.memory_bytes, COMMAND_LIMIT);
         let letters: Vec<_> =
             letters.iter().map(|letter| (letter.mailbox, letter.payload.expose(), &letter.ack_key)).collect();
         fill_mailboxes(&memory, &letters)?;

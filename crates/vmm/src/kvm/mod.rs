@@ -1,6 +1,7 @@
 //! The machine as KVM has it: its object, its vCPUs, their threads.
 
 pub mod cpuid;
+pub mod prefault;
 pub mod run;
 pub mod state;
 pub mod vcpu;

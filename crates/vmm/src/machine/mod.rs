@@ -24,7 +24,8 @@ pub use self::{devices::DeviceFiles, error::MachineError, prepared::Prepared};
 use crate::{
     config::MachineConfig,
     kvm::{
-        self,
+        self, prefault,
+        run::VcpuThread,
         state::{VcpuState, VmState},
     },
     memory::{self, GuestMemory},
@@ -142,15 +143,23 @@ impl Machine {
         self.access(offset, bytes.len(), |memory, at| memory.read_slice(bytes, at))
     }
 
-    /// Makes parts of guest memory, by offset in the memory file, present before the guest touches them: the pages that a
-    /// fork writes anyway on its way to its ack. Parts that are not there are left out.
+    /// Makes parts of guest memory, by offset in the memory file, the machine's own before the guest touches them: the pages
+    /// that a fork writes anyway on its way to its ack. Parts that are not there are left out.
     ///
     /// # Errors
     /// [`MachineError::Running`].
     pub fn populate(&self, parts: impl IntoIterator<Item = Range<u64>>) -> Result<(), MachineError> {
         self.expect_paused()?;
+        // One vCPU for all: their page tables are the same.
+        let vcpu = self.prepared.vcpus.first().map(VcpuThread::vcpu);
+        let mut can_enter = true;
         for part in parts {
-            memory::populate(self.prepared.vm.memory(), part.start, part.end.saturating_sub(part.start));
+            let bytes = part.end.saturating_sub(part.start);
+            memory::populate(self.prepared.vm.memory(), part.start, bytes);
+            // After it is the machine's own, else it would be entered for reading only.
+            if let (true, Some(vcpu), Some(at)) = (can_enter, &vcpu, memory::address_of(part.start, bytes)) {
+                can_enter = prefault::enter(vcpu, at, bytes);
+            }
         }
         Ok(())
     }

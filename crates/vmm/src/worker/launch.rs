@@ -43,6 +43,8 @@ pub enum Start {
     Restore {
         /// The state file.
         state: RawFd,
+        /// The list of pages to have ready ([`crate::prefetch`]).
+        pages: Option<RawFd>,
     },
 }
 
@@ -113,7 +115,10 @@ impl Launch {
                 all.extend([*kernel, *console]);
                 all.extend(initramfs);
             }
-            Start::Restore { state } => all.push(*state),
+            Start::Restore { state, pages } => {
+                all.push(*state);
+                all.extend(pages);
+            }
         }
         all
     }

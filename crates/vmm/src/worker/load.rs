@@ -11,6 +11,7 @@ use std::{
 use super::{Guest, Loading, run::Source};
 use crate::{
     machine::{DeviceFiles, Exit, Machine},
+    prefetch::{self, PageList},
     snapshot::{MAX_BYTES, Snapshot},
 };
 
@@ -33,18 +34,31 @@ pub fn load(loading: Loading) -> Result<Machine, Box<dyn Error>> {
             let config = loading.machine;
             Ok(Machine::boot(config, &loading.memory, &mut kernel, initramfs.as_mut(), &command_line, files)?)
         }
-        Source::Restore { state } => {
-            let snapshot = Snapshot::decode(&read_bounded(state)?)?;
+        Source::Restore { state, pages } => {
+            let snapshot = Snapshot::decode(&read_bounded(state, MAX_BYTES)?)?;
             snapshot.check_machine(&loading.machine)?;
-            Ok(Machine::restore(&snapshot, &loading.memory, files)?)
+            let machine = Machine::restore(&snapshot, &loading.memory, files)?;
+            if let Some(pages) = pages {
+                prefetch(&machine, pages)?;
+            }
+            Ok(machine)
         }
     }
 }
 
-/// All of a file that is no longer than a state file may be; one byte more is left for the decoder to refuse.
-fn read_bounded(file: File) -> io::Result<Vec<u8>> {
+/// A list that can not be read makes a fork slower, and is no reason not to have it.
+fn prefetch(machine: &Machine, pages: File) -> Result<(), Box<dyn Error>> {
+    match PageList::decode(&read_bounded(pages, prefetch::MAX_BYTES)?) {
+        Ok(list) => machine.populate(list.parts())?,
+        Err(error) => eprintln!("the list of pages to have ready is not used: {error}"),
+    }
+    Ok(())
+}
+
+/// All of a file that is no longer than it may be; one byte more is left for the decoder to refuse.
+fn read_bounded(file: File, most: usize) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes)?;
+    file.take(most as u64 + 1).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 

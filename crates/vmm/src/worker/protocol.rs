@@ -16,7 +16,7 @@ use thiserror::Error;
 use zeroize::Zeroizing;
 
 /// Version of the protocol; the two sides must have the same.
-pub const VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
 /// Most bytes of a frame after its length: sixteen mailboxes of 64 KiB, and room.
 pub const MAX_FRAME: usize = 2 << 20;
 /// Most ranges in one request.
@@ -24,7 +24,7 @@ pub const MAX_RANGES: usize = 4096;
 /// Most bytes of a refusal's reason.
 pub const MAX_REASON: usize = 1000;
 
-/// Bytes for a place in guest memory.
+/// Bytes at a place in guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Write<'a> {
     /// Offset in the memory file.
@@ -50,9 +50,15 @@ pub enum Request<'a> {
     Status,
     /// Bytes of guest memory, one after the other. Only before the first run.
     Read(Vec<Range>),
-    /// Writes into the machine's private memory, in this order, all or nothing. Only before the first run of a fork.
-    #[serde(borrow)]
-    Deliver(Vec<Write<'a>>),
+    /// Writes into the machine's private memory, all or nothing. Only before the first run of a fork.
+    Deliver {
+        /// What must be there before the first byte is written.
+        #[serde(borrow)]
+        expected: Vec<Write<'a>>,
+        /// What is written, in this order.
+        #[serde(borrow)]
+        writes: Vec<Write<'a>>,
+    },
     /// Lets it run. Once.
     Resume,
     /// Stops its vCPUs.
@@ -129,7 +135,9 @@ impl Frame {
     /// [`FrameError::Length`] if it is longer than a frame may be.
     pub fn request(request: &Request<'_>) -> Result<Self, FrameError> {
         let payload = match request {
-            Request::Deliver(writes) => writes.iter().map(|write| write.bytes.len() + 24).sum(),
+            Request::Deliver { expected, writes } => {
+                expected.iter().chain(writes).map(|part| part.bytes.len() + 24).sum()
+            }
             Request::Read(ranges) => ranges.len() * 16,
             _ => 0,
         };
@@ -197,7 +205,9 @@ impl Frame {
         let request = self.parse()?;
         match &request {
             Request::Read(ranges) if ranges.len() > MAX_RANGES => Err(FrameError::TooMany),
-            Request::Deliver(writes) if writes.len() > MAX_RANGES => Err(FrameError::TooMany),
+            Request::Deliver { expected, writes } if expected.len().max(writes.len()) > MAX_RANGES => {
+                Err(FrameError::TooMany)
+            }
             _ => Ok(request),
         }
     }
@@ -230,7 +240,8 @@ mod tests {
     fn what_is_sent_is_received() {
         let writes = vec![Write { offset: 4096, bytes: b"secret" }, Write { offset: u64::MAX, bytes: &[0xff; 5000] }];
         let ranges = vec![Range { offset: u64::MAX, len: u32::MAX }; 100];
-        for request in [Request::Deliver(writes), Request::Read(ranges), Request::Status, Request::Quit] {
+        let deliver = Request::Deliver { expected: writes[..1].to_vec(), writes };
+        for request in [deliver, Request::Read(ranges), Request::Status, Request::Quit] {
             let frame = Frame::request(&request).unwrap();
             assert_eq!(receive(frame.bytes()).unwrap().as_request().unwrap(), request);
         }
@@ -261,8 +272,10 @@ mod tests {
             assert!(matches!(request(&[&[tag, 1, 0][..], &huge[1..]].concat()), Err(FrameError::Malformed(_))));
         }
         let many = vec![Write { offset: 0, bytes: b"" }; MAX_RANGES + 1];
-        let frame = Frame::request(&Request::Deliver(many)).unwrap();
-        assert!(matches!(frame.as_request(), Err(FrameError::TooMany)));
+        for (expected, writes) in [(Vec::new(), many.clone()), (many, Vec::new())] {
+            let frame = Frame::request(&Request::Deliver { expected, writes }).unwrap();
+            assert!(matches!(frame.as_request(), Err(FrameError::TooMany)));
+        }
     }
 
     #[test]

@@ -35,6 +35,8 @@ pub enum Source {
     Restore {
         /// The state file.
         state: File,
+        /// The list of pages to have ready.
+        pages: Option<File>,
     },
 }
 
@@ -132,7 +134,9 @@ impl Inherited {
                 command_line,
                 console: take(console).into(),
             },
-            Start::Restore { state } => Source::Restore { state: take(state).into() },
+            Start::Restore { state, pages } => {
+                Source::Restore { state: take(state).into(), pages: pages.map(|number| take(number).into()) }
+            }
         };
         Ok(Self {
             purpose: launch.purpose,

@@ -196,7 +196,7 @@ impl<G: Guest> Server<G> {
         match request {
             Request::Status => Ok(Answer::Status),
             Request::Read(ranges) => self.read(ranges).map(Answer::Bytes),
-            Request::Deliver(writes) => self.deliver(writes).map(|()| Answer::Done),
+            Request::Deliver { expected, writes } => self.deliver(expected, writes).map(|()| Answer::Done),
             Request::Resume => {
                 self.expect(Phase::Loaded, "it runs already")?;
                 self.guest.resume().map_err(failed("it can not be resumed"))?;
@@ -242,14 +242,21 @@ impl<G: Guest> Server<G> {
         Ok(bytes)
     }
 
-    /// All or nothing: nothing is written before every place is known to be good.
-    fn deliver(&self, writes: &[Write<'_>]) -> Result<(), String> {
+    /// All or nothing: nothing is written before every place is known to be good and to hold what it should.
+    fn deliver(&self, expected: &[Write<'_>], writes: &[Write<'_>]) -> Result<(), String> {
         if self.purpose == Purpose::Template {
             return Err("a template has no private memory".into());
         }
         self.expect(Phase::Loaded, "it has run: nothing is written into it any more")?;
-        for write in writes {
-            self.inside(write.offset, write.bytes.len() as u64)?;
+        for part in expected.iter().chain(writes) {
+            self.inside(part.offset, part.bytes.len() as u64)?;
+        }
+        for Write { offset, bytes } in expected {
+            let mut found = Zeroizing::new(vec![0; bytes.len()]);
+            self.guest.read(*offset, &mut found).map_err(|error| format!("its memory can not be read: {error}"))?;
+            if found.as_slice() != *bytes {
+                return Err("its memory is not what it was captured with".into());
+            }
         }
         for write in writes {
             self.guest.write(write.offset, write.bytes).map_err(|error| format!("half-written: {error}"))?;

@@ -83,7 +83,7 @@ impl Worker {
             ack: ack.as_raw_fd(),
             channels: Vec::new(),
             held: Vec::new(),
-            start: Start::Restore { state: state.as_raw_fd() },
+            start: Start::Restore { state: state.as_raw_fd(), pages: None },
         };
         let client = Client::connect(&dir);
         let inherited: Vec<RawFd> =
@@ -200,8 +200,12 @@ impl Client {
     }
 
     fn write(&mut self, offset: u64, bytes: &[u8]) {
-        self.done(&Request::Deliver(vec![Write { offset, bytes }]));
+        self.done(&deliver(&[], vec![Write { offset, bytes }]));
     }
+}
+
+fn deliver<'a>(expected: &[Write<'a>], writes: Vec<Write<'a>>) -> Request<'a> {
+    Request::Deliver { expected: expected.to_vec(), writes }
 }
 
 fn is(phase: Phase) -> Vec<u8> {

@@ -18,10 +18,26 @@ fn a_delivery_with_one_bad_place_writes_nothing() {
     let (_worker, mut client) = Worker::start(Purpose::Fork);
     for offset in [MEMORY, MEMORY - 3, u64::MAX, u64::MAX - 3] {
         let writes = vec![Write { offset: 4096, bytes: b"good" }, Write { offset, bytes: b"bad!" }];
-        assert!(client.refused(&Request::Deliver(writes)).contains("outside"));
+        assert!(client.refused(&deliver(&[], writes)).contains("outside"));
         assert!(client.refused(&Request::Read(vec![Range { offset, len: 4 }])).contains("outside"));
     }
     assert_eq!(client.read(4096, 4), [0; 4]);
+}
+
+#[test]
+fn a_delivery_to_another_memory_than_expected_writes_nothing() {
+    let (_worker, mut client) = Worker::start(Purpose::Fork);
+    client.write(8192, b"marker");
+    let right = Write { offset: 8192, bytes: b"marker" };
+    let letter = vec![Write { offset: 4096, bytes: b"letter" }];
+    for wrong in [Write { offset: 8192, bytes: b"Marker" }, Write { offset: 8193, bytes: b"marker" }] {
+        assert!(client.refused(&deliver(&[right, wrong], letter.clone())).contains("captured"));
+    }
+    let outside = Write { offset: MEMORY - 3, bytes: b"\0\0\0\0" };
+    assert!(client.refused(&deliver(&[right, outside], letter.clone())).contains("outside"));
+    assert_eq!(client.read(4096, 6), [0; 6]);
+    client.done(&deliver(&[right], letter));
+    assert_eq!(client.read(4096, 6), b"letter");
 }
 
 #[test]
@@ -34,7 +50,7 @@ fn what_has_run_is_neither_read_nor_written_nor_resumed_again() {
         if paused {
             client.done(&Request::Pause);
         }
-        assert!(client.refused(&Request::Deliver(vec![Write { offset: 0, bytes: b"x" }])).contains("has run"));
+        assert!(client.refused(&deliver(&[], vec![Write { offset: 0, bytes: b"x" }])).contains("has run"));
         assert!(client.refused(&Request::Read(vec![Range { offset: 0, len: 1 }])).contains("has run"));
         assert!(client.refused(&Request::Resume).contains("already"));
     }
@@ -44,7 +60,7 @@ fn what_has_run_is_neither_read_nor_written_nor_resumed_again() {
 #[test]
 fn a_template_is_never_written() {
     let (_worker, mut client) = Worker::start(Purpose::Template);
-    assert!(client.refused(&Request::Deliver(vec![Write { offset: 0, bytes: b"x" }])).contains("template"));
+    assert!(client.refused(&deliver(&[], vec![Write { offset: 0, bytes: b"x" }])).contains("template"));
 }
 
 #[test]

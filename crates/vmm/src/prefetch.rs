@@ -1,0 +1,149 @@
+//! The pages that a fork of a template copies for itself on its way to its ack, as a file: later forks are given them before
+//! they run, in a few calls instead of a fault for each.
+//!
+//! ```text
+//! 8 bytes  "OFSHPGS1"
+//! then, up to MAX_RANGES times, little endian and in rising order:
+//! u32      first page, counted from the beginning of the memory file
+//! u32      number of pages, at least 1
+//! ```
+//!
+//! It is advice: a list that can not be read, or that names pages which are not there, only makes a fork slower.
+
+use std::ops::Range;
+
+use thiserror::Error;
+
+use crate::layout::PAGE_BYTES;
+
+const MAGIC: &[u8; 8] = b"OFSHPGS1";
+/// Most ranges of a list.
+pub const MAX_RANGES: usize = 4096;
+/// Most pages of a list, 16 MiB: each is memory that every fork has for itself from its beginning.
+pub const MAX_PAGES: u64 = 4096;
+/// Most bytes of an encoded list.
+pub const MAX_BYTES: usize = MAGIC.len() + MAX_RANGES * ENTRY;
+const ENTRY: usize = 8;
+
+/// Why a list can not be read.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum PageListError {
+    /// Not such a file, or one of another version.
+    #[error("it is no list of pages")]
+    Format,
+    /// More than a list may have.
+    #[error("it has more than {MAX_RANGES} ranges or {MAX_PAGES} pages")]
+    TooMany,
+}
+
+/// Ranges of pages, in rising order.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PageList(Vec<(u32, u32)>);
+
+impl PageList {
+    /// A list of ranges of bytes of a memory file: whole pages, in rising order. What is above the limits is left out.
+    pub fn new(parts: impl IntoIterator<Item = Range<u64>>) -> Self {
+        let mut list = Vec::new();
+        let mut room = MAX_PAGES;
+        for part in parts {
+            let pages = (part.end.saturating_sub(part.start) / PAGE_BYTES).min(room);
+            let (Ok(first), Ok(count)) = (u32::try_from(part.start / PAGE_BYTES), u32::try_from(pages)) else { break };
+            if count == 0 || list.len() == MAX_RANGES {
+                break;
+            }
+            room -= pages;
+            list.push((first, count));
+        }
+        Self(list)
+    }
+
+    /// The file's bytes.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let entries = self.0.iter().flat_map(|(first, count)| [first.to_le_bytes(), count.to_le_bytes()]);
+        MAGIC.iter().copied().chain(entries.flatten()).collect()
+    }
+
+    /// Reads a file's bytes.
+    ///
+    /// # Errors
+    /// [`PageListError`].
+    pub fn decode(bytes: &[u8]) -> Result<Self, PageListError> {
+        let (entries, rest) = bytes.strip_prefix(MAGIC).ok_or(PageListError::Format)?.as_chunks::<ENTRY>();
+        if !rest.is_empty() {
+            return Err(PageListError::Format);
+        }
+        if entries.len() > MAX_RANGES {
+            return Err(PageListError::TooMany);
+        }
+        let number = |bytes: [u8; 4]| u32::from_le_bytes(bytes);
+        let list: Vec<_> =
+            entries.iter().map(|&[a, b, c, d, e, f, g, h]| (number([a, b, c, d]), number([e, f, g, h]))).collect();
+        let mut end = 0;
+        let mut pages = 0;
+        for &(first, count) in &list {
+            if count == 0 || u64::from(first) < end {
+                return Err(PageListError::Format);
+            }
+            end = u64::from(first) + u64::from(count);
+            pages += u64::from(count);
+        }
+        if pages > MAX_PAGES {
+            return Err(PageListError::TooMany);
+        }
+        Ok(Self(list))
+    }
+
+    /// Ranges of bytes of the memory file.
+    pub fn parts(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        self.0.iter().map(|&(first, count)| {
+            let start = u64::from(first) * PAGE_BYTES;
+            start..start + u64::from(count) * PAGE_BYTES
+        })
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::single_range_in_vec_init)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read() {
+        let parts = [0..4096, 8192..40960, (1 << 40)..(1 << 40) + 4096];
+        let list = PageList::new(parts.clone());
+        assert_eq!(PageList::decode(&list.encode()).unwrap(), list);
+        assert_eq!(list.parts().collect::<Vec<_>>(), parts);
+        assert_eq!(PageList::decode(&PageList::default().encode()).unwrap(), PageList::default());
+    }
+
+    #[test]
+    fn a_list_is_cut_where_it_gets_too_long() {
+        let page = |index: u64| index * 2 * PAGE_BYTES..(index * 2 + 1) * PAGE_BYTES;
+        let long = PageList::new((0..10_000).map(page));
+        assert_eq!(long.parts().count(), MAX_RANGES);
+        let large = PageList::new([0..1 << 30, (1 << 31)..(1 << 32)]);
+        assert_eq!(large.parts().collect::<Vec<_>>(), [0..MAX_PAGES * PAGE_BYTES]);
+        for list in [long, large] {
+            assert!(list.encode().len() <= MAX_BYTES);
+            assert_eq!(PageList::decode(&list.encode()).unwrap(), list);
+        }
+    }
+
+    #[test]
+    fn foreign_bytes_are_refused() {
+        let with = |entries: &[[u32; 2]]| {
+            let bytes = entries.as_flattened().iter().flat_map(|number| number.to_le_bytes());
+            PageList::decode(&MAGIC.iter().copied().chain(bytes).collect::<Vec<_>>())
+        };
+        assert!(with(&[[1, 2], [3, 1]]).is_ok());
+        for bytes in [&b""[..], b"OFSHPGS2", b"OFSHPGS1\0\0\0\0", b"OFSHPGS1\0\0\0\0\0\0\0\0\0"] {
+            assert_eq!(PageList::decode(bytes), Err(PageListError::Format));
+        }
+        for wrong in [[[1, 0], [2, 1]], [[1, 2], [2, 1]], [[5, 1], [1, 1]]] {
+            assert_eq!(with(&wrong), Err(PageListError::Format));
+        }
+        assert_eq!(with(&[[0, u32::MAX]]), Err(PageListError::TooMany));
+        assert_eq!(with(&vec![[0, 0]; MAX_RANGES + 1]), Err(PageListError::TooMany));
+    }
+}
