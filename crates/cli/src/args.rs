@@ -110,7 +110,7 @@ pub struct Build {
     /// Virtual CPUs [default: the recipe's]
     #[arg(long, value_name = "N")]
     pub vcpus: Option<u32>,
-    /// Guest kernel [default: the distribution's, unpacked into the cache]
+    /// Guest kernel; with it come the modules installed for it, or those in a folder `modules` beside it [default: the distribution's, unpacked into the cache]
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
     /// What runs the template and its forks; kvm, our own monitor, is young [default: qemu]

@@ -13,7 +13,7 @@ use thiserror::Error;
 use super::{
     cache::{CacheError, Entry},
     cpio::Writer,
-    kernel::GuestKernel,
+    kernel::{self, GuestKernel, KernelError},
 };
 
 const SHELF: &str = "initramfs";
@@ -33,6 +33,9 @@ pub enum InitramfsError {
     /// The agent cannot run as the first program of a guest.
     #[error("{} is not a statically linked x86-64 program, so it cannot be a guest's first; build it with: {BUILD}", .0.display())]
     NotStatic(PathBuf),
+    /// A module of the kernel.
+    #[error(transparent)]
+    Module(#[from] KernelError),
     /// A file.
     #[error(transparent)]
     Cache(#[from] CacheError),
@@ -88,14 +91,13 @@ pub(super) fn is_static(path: &Path) -> Option<bool> {
 /// The initramfs with this agent and this kernel's modules, made if the cache lacks it.
 ///
 /// # Errors
-/// [`InitramfsError::Cache`].
+/// [`InitramfsError::Module`], [`InitramfsError::Cache`].
 pub fn build(cache: &Path, agent: &Path, kernel: &GuestKernel) -> Result<PathBuf, InitramfsError> {
     let agent = read(agent)?;
     let mut modules = Vec::new();
     for (index, path) in kernel.modules.iter().enumerate() {
-        let file = path.file_name().unwrap_or_default().to_string_lossy();
-        let name = file.trim_start_matches(|c: char| c.is_ascii_digit()).trim_start_matches('-');
-        modules.push((format!("modules/{index:02}-{name}"), read(path)?));
+        let name = kernel::module_name(path).ok_or_else(|| KernelError::NotAModule(path.clone()))?;
+        modules.push((format!("modules/{index:02}-{name}.ko"), kernel::read_module(path)?));
     }
     let mut hash = blake3::Hasher::new();
     hash.update(FORMAT);

@@ -22,12 +22,14 @@ use crate::progress::Progress;
 const PACKAGE: &str = "linux-image-cloud-amd64";
 pub(crate) const SHELF: &str = "kernel";
 /// What a guest of ours may need. A kernel that has one built in, or lacks it, simply has no such file.
-const WANTED: [&str; 9] = [
+const WANTED: [&str; 10] = [
     "virtio_ring",
     "virtio",
     "virtio_mmio",
     "virtio_console",
     "virtio_blk",
+    // ext4 asks for it by its algorithm, which is no dependency of a module.
+    "crc32c_generic",
     "ext4",
     "overlay",
     "virtio_net",
@@ -42,7 +44,7 @@ const MAX_MODULES: usize = 256;
 pub struct GuestKernel {
     /// The kernel image (bzImage or ELF).
     pub image: PathBuf,
-    /// Modules for the initramfs, in the order to load them.
+    /// Modules for the initramfs, in the order to load them; perhaps packed.
     pub modules: Vec<PathBuf>,
     /// For people: "6.1.0-31-cloud-amd64 (6.1.128-1)".
     pub version: String,
@@ -53,7 +55,7 @@ pub struct GuestKernel {
 pub enum KernelError {
     /// No apt, or it knows no such package, and the cache has no kernel either.
     #[error(
-        "no package {PACKAGE} is known here; on Debian run: sudo apt-get update — elsewhere give a kernel with --kernel FILE (its modules in a folder `modules` beside it)"
+        "no package {PACKAGE} is known here; on Debian run: sudo apt-get update — elsewhere give a kernel with --kernel FILE (its modules installed, or in a folder `modules` beside it)"
     )]
     Unknown,
     /// apt knew the package but could not fetch it.
@@ -78,8 +80,10 @@ pub enum KernelError {
     Cache(#[from] CacheError),
 }
 
-/// The kernel to boot guests with: `explicit` with the modules in the folder `modules` beside it (every `*.ko` there), or the
-/// distribution's, fetched into `cache` when it is not there.
+/// The kernel to boot guests with: `explicit`, or the distribution's, fetched into `cache` when it is not there.
+///
+/// With `explicit` come the modules in the folder `modules` beside it (every `*.ko` there). Without that folder those that
+/// are installed for it, if it is called `ROOT/boot/…`: what a guest needs of `ROOT/lib/modules/VERSION`.
 ///
 /// # Errors
 /// [`KernelError`]; the cache is left as it was.
@@ -209,7 +213,8 @@ fn find_modules(dir: &Path, found: &mut BTreeMap<String, PathBuf>, depth: usize)
     }
 }
 
-fn module_name(path: &Path) -> Option<String> {
+/// The kernel's name for the module in a file of this name.
+pub(super) fn module_name(path: &Path) -> Option<String> {
     let file = path.file_name()?.to_str()?;
     let stem = [".ko", ".ko.gz", ".ko.xz", ".ko.zst"].iter().find_map(|suffix| file.strip_suffix(suffix))?;
     // Ours are called NN-name.ko.
@@ -245,7 +250,10 @@ fn order(wanted: &[&str], files: &BTreeMap<String, PathBuf>, lazily: bool) -> Re
 }
 
 /// A module's content, unpacked: the guest has no program to do it, and not every kernel can.
-fn read_module(path: &Path) -> Result<Vec<u8>, KernelError> {
+///
+/// # Errors
+/// [`KernelError::NotAModule`], [`KernelError::Unpack`], [`KernelError::Cache`].
+pub(super) fn read_module(path: &Path) -> Result<Vec<u8>, KernelError> {
     let bad = || KernelError::NotAModule(path.to_owned());
     let mut file = File::open(path).map_err(CacheError::at("read", path))?;
     let mut content = Vec::new();
@@ -302,7 +310,9 @@ fn from_file(image: &Path) -> Result<GuestKernel, KernelError> {
     let image = fs::canonicalize(image).map_err(CacheError::at("read", image))?;
     let folder = image.with_file_name("modules");
     let mut files = BTreeMap::new();
-    if folder.is_dir() {
+    let mut wanted = WANTED.to_vec();
+    let chosen = folder.is_dir();
+    if chosen {
         for entry in fs::read_dir(&folder).map_err(CacheError::at("read", &folder))?.flatten() {
             let path = entry.path();
             if path.extension().is_some_and(|extension| extension == "ko")
@@ -311,13 +321,30 @@ fn from_file(image: &Path) -> Result<GuestKernel, KernelError> {
                 files.insert(name, path);
             }
         }
+    } else {
+        for folder in installed_modules(&image, &version) {
+            find_modules(&folder, &mut files, 0);
+        }
     }
-    // What we know to need comes first, in our order; then whatever else the user put there.
-    let mut wanted = WANTED.to_vec();
-    wanted.extend(files.keys().map(String::as_str));
-    let (order, _) = order(&wanted, &files, false)?;
+    if chosen {
+        // What we know to need comes first, in our order; then whatever else the user put there.
+        wanted.extend(files.keys().map(String::as_str));
+    }
+    let (order, _) = order(&wanted, &files, !chosen)?;
     let modules = order.iter().filter_map(|name| files.get(name).cloned()).collect();
     Ok(GuestKernel { image, modules, version })
+}
+
+/// Where the modules of a kernel lie that was installed, or whose package was unpacked.
+fn installed_modules(image: &Path, version: &str) -> Vec<PathBuf> {
+    // The version is what the file says: no path.
+    let boot = image.parent().filter(|folder| folder.ends_with("boot"));
+    match boot.and_then(Path::parent) {
+        Some(root) if Path::new(version).file_name() == Some(version.as_ref()) => {
+            ["lib/modules", "usr/lib/modules"].map(|lib| root.join(lib).join(version).join("kernel")).to_vec()
+        }
+        _ => Vec::new(),
+    }
 }
 
 /// The version text of a bzImage (`kernel_version` of the boot protocol), "custom" for an ELF; `None` for anything else.
@@ -385,6 +412,39 @@ mod tests {
         fs::write(&path, "text").unwrap();
         assert!(matches!(ensure(dir.path(), Some(&path), &mut |_| ()), Err(KernelError::NotAKernel(_))));
         assert!(matches!(ensure(dir.path(), Some(&dir.path().join("none")), &mut |_| ()), Err(KernelError::Cache(_))));
+    }
+
+    #[test]
+    fn an_installed_kernel_of_the_users_own_has_its_modules() {
+        let dir = tempfile::tempdir().unwrap();
+        let kernel = |version: &str| {
+            let path = dir.path().join("boot/vmlinuz");
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            let mut image = vec![0; 0x600];
+            image[0x202..0x206].copy_from_slice(b"HdrS");
+            image[0x20e..0x210].copy_from_slice(&0x100_u16.to_le_bytes());
+            image[0x300..0x300 + version.len()].copy_from_slice(version.as_bytes());
+            fs::write(&path, &image).unwrap();
+            ensure(dir.path(), Some(&path), &mut |_| ())
+        };
+        let place = |path: &str, content: &[u8]| {
+            let path = dir.path().join("lib/modules/6.6.6-mine/kernel").join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(&path, content).unwrap();
+        };
+        place("fs/ext4/ext4.ko", &module::tests::module(b"depends=mbcache\0"));
+        place("fs/mbcache.ko", &module::tests::module(b"depends=\0"));
+        // What no guest needs is not even read.
+        place("drivers/other.ko", b"not one");
+        let found = kernel("6.6.6-mine").unwrap();
+        let names: Vec<_> = found.modules.iter().map(|path| module_name(path).unwrap()).collect();
+        assert_eq!(names, ["mbcache", "ext4"]);
+        for version in ["6.6.7", "../modules/6.6.6-mine", ".."] {
+            assert!(kernel(version).unwrap().modules.is_empty(), "{version}");
+        }
+        // A folder of the user's own goes first.
+        fs::create_dir(dir.path().join("boot/modules")).unwrap();
+        assert!(kernel("6.6.6-mine").unwrap().modules.is_empty());
     }
 
     #[test]

@@ -67,11 +67,11 @@ fn section<'a>(elf: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::expect_used)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     /// An ELF64 file with nothing but a `.modinfo` section.
-    pub(crate) fn module(modinfo: &[u8]) -> Vec<u8> {
+    pub fn module(modinfo: &[u8]) -> Vec<u8> {
         let names = b"\0.modinfo\0.shstrtab\0";
         let mut elf = vec![0; 64];
         elf[..5].copy_from_slice(b"\x7fELF\x02");
