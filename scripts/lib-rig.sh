@@ -36,9 +36,9 @@ rig_suite() {
     (. /etc/os-release && [ "$ID" = debian ] && echo "$VERSION_CODENAME") 2>/dev/null || echo bookworm
 }
 
-# "PACKAGE VERSION" of the newest cloud kernel.
+# rig_candidate META: "PACKAGE VERSION" of the newest kernel that META depends on.
 rig_candidate() {
-    apt-cache show --no-all-versions linux-image-cloud-amd64 2>/dev/null \
+    apt-cache show --no-all-versions "$1" 2>/dev/null \
         | sed -n 's/^Depends: *\(linux-image-[^ ]*\) (= \([^)]*\)).*/\1 \2/p' | head -n 1
 }
 
@@ -46,7 +46,7 @@ rig_candidate() {
 ensure_rig() {
     shelf=$(rig_cache)
     mkdir -p "$shelf"
-    candidate=$(rig_candidate)
+    candidate=$(rig_candidate linux-image-cloud-amd64)
     if [ -z "$candidate" ]; then
         # Without apt's lists what was made before serves.
         rig_dir=$(find "$shelf" -mindepth 2 -maxdepth 2 -name root.ext4 -printf '%T@ %h\n' | sort -n | tail -n 1 | cut -d' ' -f2-)
@@ -112,19 +112,64 @@ fill_rig() {
     $as_root mke2fs -q -t ext4 -m 0 -O ^has_journal -d "$rig_work/root" "$rig_work/rig/root.ext4"
 }
 
+# Sets vmgenid_kernel to a kernel with a driver for the generation identifier, and vmgenid_tree to the folder with it and its
+# modules, as its package has them. Debian's cloud kernel 6.1 has no such driver. Backports' newer one would be half the
+# download, but takes another apt source.
+ensure_vmgenid_kernel() {
+    shelf=$(rig_cache)
+    mkdir -p "$shelf"
+    candidate=$(rig_candidate linux-image-amd64)
+    if [ -n "$candidate" ]; then
+        vmgenid_tree=$shelf/${candidate% *}_$(printf '%s' "${candidate#* }" | sed 's/:/%3a/g')_vmgenid
+        [ -d "$vmgenid_tree" ] || make_vmgenid_kernel "${candidate% *}" "${candidate#* }"
+    else
+        vmgenid_tree=$(find "$shelf" -mindepth 1 -maxdepth 1 -name '*_vmgenid' -printf '%T@ %p\n' | sort -n | tail -n 1 | cut -d' ' -f2-)
+        [ -n "$vmgenid_tree" ] || setup_fail "apt knows no package linux-image-amd64; run: sudo apt-get update"
+    fi
+    vmgenid_kernel=$(find "$vmgenid_tree/boot" -name 'vmlinuz-*')
+}
+
+make_vmgenid_kernel() {
+    vmgenid_work=$(mktemp -d "$shelf/.new-XXXXXX")
+    if ! fill_vmgenid_kernel "$1" "$2" >"$shelf/log" 2>&1; then
+        tail -n 20 "$shelf/log" >&2
+        rm -rf "$vmgenid_work"
+        setup_fail "The kernel $1 could not be fetched; if apt's lists are old run: sudo apt-get update"
+    fi
+    # If another run was faster it has made the same.
+    mv -T "$vmgenid_work/tree" "$vmgenid_tree" || [ -d "$vmgenid_tree" ]
+    rm -rf "$vmgenid_work"
+}
+
+# fill_vmgenid_kernel PACKAGE VERSION: makes $vmgenid_work/tree.
+fill_vmgenid_kernel() {
+    (cd "$vmgenid_work" && apt-get -q -o APT::Sandbox::User= download "$1=$2") || return 1
+    dpkg-deb -x "$vmgenid_work"/linux-image-*.deb "$vmgenid_work/tree" || return 1
+    # Of its 400 MB what a guest needs; some of this may be built in.
+    find "$vmgenid_work/tree" ! -type d ! -name 'vmlinuz-*' ! -name 'virtio*.ko*' ! -name 'rng-core.ko*' ! -name '*failover.ko*' \
+        ! -name 'overlay.ko*' ! -name 'ext4.ko*' ! -name 'jbd2.ko*' ! -name 'mbcache.ko*' ! -name 'crc16.ko*' \
+        ! -name 'crc32c_generic.ko*' -delete && find "$vmgenid_work/tree" -type d -empty -delete
+}
+
+# Downloads into the cache what templates are made from, if it is not there: the rig has no network.
+ensure_guest_files() {
+    kept=$(cache_folder)
+    ls "$kept"/kernel/*/vmlinuz "$kept"/rootfs/debian-*.tar >/dev/null 2>&1 && return
+    home=$(mktemp -d)
+    OFFSHOOT_DATA_DIR=$home/data OFFSHOOT_STATE_DIR=$home/state "$offshoot_bin/offshoot" build python --tag fetched --quiet
+    rm -rf "$home"
+}
+
 # test_in_rig [FILTER]: runs the compiled tests of the whole system in the rig. What templates are made from is downloaded
 # outside; the templates stay on a disk of the rig's for the next run.
 test_in_rig() {
-    kept=$(cache_folder)
-    if ! ls "$kept"/kernel/*/vmlinuz "$kept"/rootfs/debian-*.tar >/dev/null 2>&1; then
-        home=$(mktemp -d)
-        OFFSHOOT_DATA_DIR=$home/data OFFSHOOT_STATE_DIR=$home/state "$offshoot_bin/offshoot" build python --tag fetched --quiet
-        rm -rf "$home"
-    fi
+    ensure_guest_files
     tests=$(cargo test -p offshoot-tests --test system --no-run --message-format json \
         | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
     [ -n "$tests" ] || setup_fail "The tests of the whole system could not be built; see the lines above."
-    set -- "$tests" --test-threads "${OFFSHOOT_TEST_THREADS:-1}" "$@"
+    ensure_vmgenid_kernel
+    # Ignored are those that need what only the rig has.
+    set -- "$tests" --include-ignored --test-threads "${OFFSHOOT_TEST_THREADS:-1}" "$@"
     # Folders that the tests read, and what was downloaded.
     for path in tests recipes examples docs crates/host/src; do
         set -- --file "$offshoot_source/$path" "$@"
@@ -132,6 +177,7 @@ test_in_rig() {
     for path in "$kept"/kernel "$kept"/rootfs/debian-*.tar; do
         set -- --file "$path:/var/cache/offshoot${path#"$kept"}" "$@"
     done
+    set -- --file "$vmgenid_tree" --env OFFSHOOT_TEST_VMGENID_KERNEL="$vmgenid_kernel" "$@"
     "$offshoot_source/scripts/rig" run --timeout "${OFFSHOOT_RIG_TIMEOUT:-5400}" --memory 6G --disk tests \
         --env OFFSHOOT_TEST_DIR=/kept --env OFFSHOOT_TEST_ENGINE=kvm "$@"
 }

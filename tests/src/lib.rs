@@ -1,7 +1,8 @@
 //! What the tests of the whole system share: the program, templates that are built once, homes that must be empty at the
 //! end, and what `/proc` says about machines.
 //!
-//! Nothing is skipped: a program or package that is missing fails the test, with the command that helps.
+//! Nothing is skipped: a program or package that is missing fails the test, with the command that helps. What only one engine
+//! has is marked as ignored; the rig, where that engine runs, includes it.
 #![forbid(unsafe_code)]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::missing_panics_doc)]
 

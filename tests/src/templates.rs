@@ -65,7 +65,9 @@ impl Template {
         self.manifest[field].as_u64().unwrap_or_else(|| panic!("{field} is no number"))
     }
 
-    pub(crate) fn read(data: &Path, tag: &str) -> Self {
+    /// One that a test has built itself.
+    #[must_use]
+    pub fn read(data: &Path, tag: &str) -> Self {
         let path = data.join("templates").join(tag).join("manifest.json");
         let text = fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         let manifest: Value = serde_json::from_slice(&text).expect("the manifest is JSON");

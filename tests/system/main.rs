@@ -4,6 +4,7 @@
 mod adversary;
 mod eval;
 mod exec;
+mod generation;
 mod identity;
 mod idle;
 mod isolation;
