@@ -28,6 +28,7 @@ use crate::{
         run::VcpuThread,
         state::{VcpuState, VmState},
     },
+    layout::PAGE_BYTES,
     memory::{self, GuestMemory},
     snapshot::Snapshot,
 };
@@ -153,11 +154,17 @@ impl Machine {
         // One vCPU for all: their page tables are the same.
         let vcpu = self.prepared.vcpus.first().map(VcpuThread::vcpu);
         let mut can_enter = true;
+        let size = memory::size(self.prepared.vm.memory());
         for part in parts {
-            let bytes = part.end.saturating_sub(part.start);
-            memory::populate(self.prepared.vm.memory(), part.start, bytes);
+            // Whole pages.
+            let (start, end) = (part.start / PAGE_BYTES * PAGE_BYTES, part.end.div_ceil(PAGE_BYTES).saturating_mul(PAGE_BYTES));
+            let bytes = end.min(size).saturating_sub(start);
+            if bytes == 0 {
+                continue;
+            }
+            memory::populate(self.prepared.vm.memory(), start, bytes);
             // After it is the machine's own, else it would be entered for reading only.
-            if let (true, Some(vcpu), Some(at)) = (can_enter, &vcpu, memory::address_of(part.start, bytes)) {
+            if let (true, Some(vcpu), Some(at)) = (can_enter, &vcpu, memory::address_of(start, bytes)) {
                 can_enter = prefault::enter(vcpu, at, bytes);
             }
         }

@@ -101,6 +101,7 @@ fn every_copy_has_its_own_generation_and_the_pages_it_was_given_ahead() {
     }
     let (snapshot, memory, count) = captured(1);
     let mut seen = HashSet::new();
+    let mut copies = Vec::new();
     for _ in 0..3 {
         let copy = Guest::restore(&snapshot, &memory);
         copy.machine.populate([payload::COUNTER..payload::COUNTER + 8, 0..MEMORY, MEMORY..u64::MAX, 9..9]).unwrap();
@@ -108,7 +109,17 @@ fn every_copy_has_its_own_generation_and_the_pages_it_was_given_ahead() {
         let mut generation = [0; 16];
         copy.machine.read(offshoot_vmm::layout::GENERATION, &mut generation).unwrap();
         assert!(seen.insert(generation));
+        copies.push(copy);
     }
+    // They run as others do, each in memory of its own.
+    for (copy, word) in copies.iter_mut().zip(b"xyz") {
+        copy.machine.write(WORD, &[*word]).unwrap();
+        copy.machine.resume();
+        copy.expect(&[*word]);
+    }
+    let mut template = [0xff];
+    memory.read_exact_at(&mut template, WORD).unwrap();
+    assert_eq!(template, [0], "the template's memory is as it was");
     assert!(!seen.contains(&[0; 16]));
 }
 
