@@ -169,7 +169,7 @@ test_in_rig() {
     [ -n "$tests" ] || setup_fail "The tests of the whole system could not be built; see the lines above."
     ensure_vmgenid_kernel
     # Ignored are those that need what only the rig has.
-    set -- "$tests" --include-ignored --test-threads "${OFFSHOOT_TEST_THREADS:-1}" "$@"
+    set -- "$tests" --include-ignored --nocapture --test-threads "${OFFSHOOT_TEST_THREADS:-1}" "$@"
     # Folders that the tests read, and what was downloaded.
     for path in tests recipes examples docs crates/host/src; do
         set -- --file "$offshoot_source/$path" "$@"

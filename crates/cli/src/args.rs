@@ -28,7 +28,8 @@ Exit codes:
   exec: the command's own; 124 after --timeout, 125 if offshoot itself failed
 Environment:
   OFFSHOOT_DATA_DIR    templates             OFFSHOOT_CACHE_DIR   kernels and root images
-  OFFSHOOT_STATE_DIR   forks                 NO_COLOR, CLICOLOR=0   no colour"
+  OFFSHOOT_STATE_DIR   forks                 OFFSHOOT_VMM         the program offshoot-vmm
+  NO_COLOR, CLICOLOR=0   no colour"
 )]
 pub struct Cli {
     /// Print JSON instead of text; errors too (docs/json.md has every field)
@@ -113,7 +114,7 @@ pub struct Build {
     /// Guest kernel; with it come the modules installed for it, or those in a folder `modules` beside it [default: the distribution's, unpacked into the cache]
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
-    /// What runs the template and its forks; kvm, our own monitor, is young [default: qemu]
+    /// What runs the template and its forks [default: kvm where a probe shows that it works, else qemu]
     #[arg(long, value_name = "ENGINE")]
     pub engine: Option<EngineArg>,
     /// What executes the guest [default: kvm where a probe shows that it works, else tcg]

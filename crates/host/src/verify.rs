@@ -26,6 +26,9 @@ use crate::{
 /// Time for one fork to answer a question.
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 
+/// How often a fork is asked for its time.
+const CLOCK_READINGS: usize = 3;
+
 /// What one subject showed.
 #[derive(Debug, Clone, Serialize)]
 pub struct Row {
@@ -140,7 +143,9 @@ pub async fn verify(
         rows.push(ask(home, template, record, &mut problems).await?);
     }
     let limit_ms = if engine.info().accel == Accel::Kvm { 50.0 } else { 500.0 };
-    for row in &rows {
+    // The first row is the template's.
+    for (row, record) in rows.iter().skip(1).zip(&made.forks) {
+        let limit_ms = limit_ms + until_it_ran_ms(record);
         if let Some(error) = row.clock_error_ms.filter(|error| error.abs() > limit_ms) {
             problems.push(format!("the clock of {} is {error:.0} ms off (at most {limit_ms:.0} allowed)", row.subject));
         }
@@ -148,6 +153,29 @@ pub async fn verify(
     let shared = compare(&rows);
     let passed = shared.is_empty() && problems.is_empty();
     Ok(Verdict { rows, shared, problems, passed })
+}
+
+/// What a fork's clock is slow by: the time is written down, and only then given to the fork, which is then let run.
+fn until_it_ran_ms(record: &ForkRecord) -> f64 {
+    let steps = record.host_steps.iter().filter(|step| matches!(step.step.as_str(), "deliver" | "resume"));
+    Duration::from_micros(steps.map(|step| step.micros).sum()).as_secs_f64() * 1e3
+}
+
+/// How far the guest's clock is from ours, in milliseconds: of several answers the one that was on its way for the shortest
+/// time tells best.
+async fn clock_error(channel: &mut GuestChannel) -> Result<f64, GuestError> {
+    let mut best: Option<(f64, f64)> = None;
+    for _ in 0..CLOCK_READINGS {
+        let before = now_ms();
+        let pong = channel.ping().await?;
+        let after = now_ms();
+        #[allow(clippy::cast_precision_loss)] // A double keeps microseconds of today's time.
+        let error = pong.wall_clock_ns as f64 / 1e6 - f64::midpoint(before, after);
+        if best.is_none_or(|(took, _)| after - before < took) {
+            best = Some((after - before, error));
+        }
+    }
+    Ok(best.map_or(0.0, |(_, error)| error))
 }
 
 /// Asks one fork.
@@ -160,11 +188,7 @@ async fn ask(
     let name = record.name.to_string();
     let guest = |source| VerifyError::Guest { name: name.clone(), source };
     let mut channel = GuestChannel::connect(&forks::dir(home, record), ANSWER_LIMIT).await.map_err(guest)?;
-    let before = now_ms();
-    let pong = channel.ping().await.map_err(guest)?;
-    let middle = f64::midpoint(before, now_ms());
-    #[allow(clippy::cast_precision_loss)] // A double keeps microseconds of today's time.
-    let clock_error_ms = pong.wall_clock_ns as f64 / 1e6 - middle;
+    let clock_error_ms = clock_error(&mut channel).await.map_err(guest)?;
 
     let mut values = facts(&mut channel).await.map_err(guest)?;
     for (field, wanted) in [

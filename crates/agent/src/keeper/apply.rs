@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, fmt::Display, io, sync::Arc, time::Instant};
 
-use identity::{Action, Document, Step};
+use identity::{Action, ClockNanos, Document, Step};
 
 use super::{Parts, Prepared, identity_dir, kernel};
 use crate::state::{AgentState, Identity, Phase};
@@ -41,15 +41,20 @@ impl Log {
     }
 }
 
-/// Everything before the thaw, and the thaw.
+/// Everything before the thaw, and the thaw. The guest began to run at `started`, as far as it can tell.
 pub(super) fn until_thaw(
     state: &Arc<AgentState>,
     parts: &Parts,
     prepared: &mut Prepared,
     document: &mut Document,
+    started: Instant,
     log: &mut Log,
 ) -> Result<(), Failed> {
-    log.step("clock", || parts.kernel.set_clock(document.wall_clock))?;
+    log.step("clock", || {
+        // The host wrote down the time just before it let this guest run, which has been busy since.
+        let since = u64::try_from(started.elapsed().as_nanos()).unwrap_or(0);
+        parts.kernel.set_clock(ClockNanos(document.wall_clock.0.saturating_add(since)))
+    })?;
     log.step("entropy", || parts.kernel.add_entropy(document.entropy.expose()))?;
     document.entropy.wipe();
     match document.action {

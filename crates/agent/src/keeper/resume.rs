@@ -188,7 +188,7 @@ fn apply(
     log.steps.push(Step { name: "document".into(), outcome: "taken+wiped".into(), micros });
     let make_keys = {
         let mut prepared = lock(&parts.prepared);
-        apply::until_thaw(state, parts, &mut prepared, document, log)?;
+        apply::until_thaw(state, parts, &mut prepared, document, started, log)?;
         prepared.wants_host_keys && document.action == Action::Become
     };
     // What follows waits for others: they run while this thread sleeps, and it goes on as soon as they have answered.

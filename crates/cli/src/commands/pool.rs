@@ -23,12 +23,13 @@ use crate::{
 };
 
 /// What a process that fills a pool may know of its caller's environment, which may hold secrets.
-const VARIABLES: [&str; 9] = [
+const VARIABLES: [&str; 10] = [
     "PATH",
     "HOME",
     "OFFSHOOT_DATA_DIR",
     "OFFSHOOT_STATE_DIR",
     "OFFSHOOT_CACHE_DIR",
+    "OFFSHOOT_VMM",
     "XDG_DATA_HOME",
     "XDG_STATE_HOME",
     "XDG_CACHE_HOME",

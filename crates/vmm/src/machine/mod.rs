@@ -157,7 +157,8 @@ impl Machine {
         let size = memory::size(self.prepared.vm.memory());
         for part in parts {
             // Whole pages.
-            let (start, end) = (part.start / PAGE_BYTES * PAGE_BYTES, part.end.div_ceil(PAGE_BYTES).saturating_mul(PAGE_BYTES));
+            let (start, end) =
+                (part.start / PAGE_BYTES * PAGE_BYTES, part.end.div_ceil(PAGE_BYTES).saturating_mul(PAGE_BYTES));
             let bytes = end.min(size).saturating_sub(start);
             if bytes == 0 {
                 continue;
