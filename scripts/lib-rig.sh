@@ -151,19 +151,18 @@ fill_vmgenid_kernel() {
         ! -name 'crc32c_generic.ko*' -delete && find "$vmgenid_work/tree" -type d -empty -delete
 }
 
-# Downloads into the cache what templates are made from, if it is not there: the rig has no network.
-ensure_guest_files() {
-    kept=$(cache_folder)
-    ls "$kept"/kernel/*/vmlinuz "$kept"/rootfs/debian-*.tar >/dev/null 2>&1 && return
+# fetch_for RECIPE: downloads into the cache what its templates are made from: the rig has no network.
+fetch_for() {
     home=$(mktemp -d)
-    OFFSHOOT_DATA_DIR=$home/data OFFSHOOT_STATE_DIR=$home/state "$offshoot_bin/offshoot" build python --tag fetched --quiet
+    OFFSHOOT_DATA_DIR=$home/data OFFSHOOT_STATE_DIR=$home/state "$offshoot_bin/offshoot" build "$1" --tag fetched --quiet
     rm -rf "$home"
 }
 
 # test_in_rig [FILTER]: runs the compiled tests of the whole system in the rig. What templates are made from is downloaded
 # outside; the templates stay on a disk of the rig's for the next run.
 test_in_rig() {
-    ensure_guest_files
+    kept=$(cache_folder)
+    ls "$kept"/kernel/*/vmlinuz "$kept"/rootfs/debian-*.tar >/dev/null 2>&1 || fetch_for python
     tests=$(cargo test -p offshoot-tests --test system --no-run --message-format json \
         | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
     [ -n "$tests" ] || setup_fail "The tests of the whole system could not be built; see the lines above."
