@@ -178,5 +178,5 @@ test_in_rig() {
     done
     set -- --file "$vmgenid_tree" --env OFFSHOOT_TEST_VMGENID_KERNEL="$vmgenid_kernel" "$@"
     "$offshoot_source/scripts/rig" run --timeout "${OFFSHOOT_RIG_TIMEOUT:-5400}" --memory 6G --disk tests \
-        --env OFFSHOOT_TEST_DIR=/kept --env OFFSHOOT_TEST_ENGINE=kvm "$@"
+        --env OFFSHOOT_TEST_DIR=/kept --env OFFSHOOT_ENGINE=kvm "$@"
 }

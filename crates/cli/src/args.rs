@@ -29,7 +29,7 @@ Exit codes:
 Environment:
   OFFSHOOT_DATA_DIR    templates             OFFSHOOT_CACHE_DIR   kernels and root images
   OFFSHOOT_STATE_DIR   forks                 OFFSHOOT_VMM         the program offshoot-vmm
-  NO_COLOR, CLICOLOR=0   no colour"
+  OFFSHOOT_ENGINE      what build uses       NO_COLOR, CLICOLOR=0   no colour"
 )]
 pub struct Cli {
     /// Print JSON instead of text; errors too (docs/json.md has every field)
@@ -115,7 +115,7 @@ pub struct Build {
     #[arg(long, value_name = "FILE")]
     pub kernel: Option<PathBuf>,
     /// What runs the template and its forks [default: kvm where a probe shows that it works, else qemu]
-    #[arg(long, value_name = "ENGINE")]
+    #[arg(long, value_name = "ENGINE", env = "OFFSHOOT_ENGINE", hide_env_values = true)]
     pub engine: Option<EngineArg>,
     /// What executes the guest [default: kvm where a probe shows that it works, else tcg]
     #[arg(long, value_name = "ACCEL")]
