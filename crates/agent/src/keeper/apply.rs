@@ -1,6 +1,12 @@
 //! Applying an identity, step by step, until the thaw. The first step that fails is the last: nothing is thawed then.
 
-use std::{borrow::Cow, fmt::Display, io, sync::Arc, time::Instant};
+use std::{
+    borrow::Cow,
+    fmt::Display,
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use identity::{Action, ClockNanos, Document, Step};
 
@@ -41,18 +47,23 @@ impl Log {
     }
 }
 
-/// Everything before the thaw, and the thaw. The guest began to run at `started`, as far as it can tell.
+/// A fork that seems to have been busy for longer has a clock that did not stand still while nothing ran.
+const BUSY_AT_MOST: Duration = Duration::from_secs(30);
+
+/// Everything before the thaw, and the thaw. The guest was captured at `captured` on its own clock, which stood still
+/// until it ran again.
 pub(super) fn until_thaw(
     state: &Arc<AgentState>,
     parts: &Parts,
     prepared: &mut Prepared,
     document: &mut Document,
-    started: Instant,
+    captured: Instant,
     log: &mut Log,
 ) -> Result<(), Failed> {
     log.step("clock", || {
         // The host wrote down the time just before it let this guest run, which has been busy since.
-        let since = u64::try_from(started.elapsed().as_nanos()).unwrap_or(0);
+        let since = Some(captured.elapsed()).filter(|since| *since < BUSY_AT_MOST).unwrap_or_default();
+        let since = u64::try_from(since.as_nanos()).unwrap_or(0);
         parts.kernel.set_clock(ClockNanos(document.wall_clock.0.saturating_add(since)))
     })?;
     log.step("entropy", || parts.kernel.add_entropy(document.entropy.expose()))?;

@@ -38,6 +38,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How often the spinning thread looks (some µs each under emulation) until it holds the timer anew.
 const SPINS: usize = 4096;
+/// And this often it looks between two looks at the clock.
+const SPINS_A_READING: usize = 16;
 /// How long the thread spins before it gives way again. A capture begins at once.
 const CAPTURE_WITHIN: Duration = Duration::from_secs(2);
 
@@ -61,15 +63,18 @@ pub(super) fn run(state: &Arc<AgentState>, parts: &Parts) {
         drop(armed);
         touch_stack();
         touch_heap();
-        wait_until_filled(state, parts);
-        answer(state, parts);
+        let captured = wait_until_filled(state, parts);
+        answer(state, parts, captured);
     }
 }
 
 /// Spins: the capture stops the guest within milliseconds, and a fork then goes on right here, with nothing between it
 /// and the identity, neither a timer nor the scheduler. If no capture comes, everybody else gets another turn: the answer
 /// that the host waits for may not be out.
-fn wait_until_filled(state: &AgentState, parts: &Parts) {
+///
+/// Returns the time of the capture on the guest's own clock, which stands still from there until the fork runs: what has
+/// passed on it since is what the fork has been busy with.
+fn wait_until_filled(state: &AgentState, parts: &Parts) -> Instant {
     let own = lock(&parts.own);
     let mut told = false;
     while !own.is_filled() {
@@ -80,14 +85,15 @@ fn wait_until_filled(state: &AgentState, parts: &Parts) {
             console::warn(&format!("the host could not be told that the agent is armed: {error}"));
         }
         told = true;
-        if spin(&own, parts.tick.as_ref()) {
-            return;
+        if let Some(captured) = spin(&own, parts.tick.as_ref()) {
+            return captured;
         }
         if let Some(tick) = &parts.tick {
             tick.release();
         }
         right_of_way(state, false);
     }
+    Instant::now()
 }
 
 /// Gives way until nobody wants the CPU any more. That is seen by the kernel's count of switches, not by time that is
@@ -109,25 +115,30 @@ fn let_others_go_first(own: &Pages) {
     }
 }
 
-/// Spins until the mailbox is filled; false after [`CAPTURE_WITHIN`].
-fn spin(own: &Pages, tick: Option<&Tick>) -> bool {
+/// Spins until the mailbox is filled, and returns when that was not so for the last time; `None` after [`CAPTURE_WITHIN`].
+fn spin(own: &Pages, tick: Option<&Tick>) -> Option<Instant> {
     let begun = Instant::now();
-    while begun.elapsed() < CAPTURE_WITHIN {
+    // Of two readings one after the other at least the first is from before the capture.
+    let (mut before, mut last) = (begun, begun);
+    while last.duration_since(begun) < CAPTURE_WITHIN {
         // Renewed for as long as a capture may take.
         if let Some(tick) = tick {
             tick.hold();
         }
-        for _ in 0..SPINS {
-            if own.is_filled() {
-                return true;
+        for _ in 0..SPINS / SPINS_A_READING {
+            for _ in 0..SPINS_A_READING {
+                if own.is_filled() {
+                    return Some(before);
+                }
+                std::hint::spin_loop();
             }
-            std::hint::spin_loop();
+            before = std::mem::replace(&mut last, Instant::now());
         }
     }
-    false
+    None
 }
 
-fn answer(state: &Arc<AgentState>, parts: &Parts) {
+fn answer(state: &Arc<AgentState>, parts: &Parts, captured: Instant) {
     let started = Instant::now();
     let taken = lock(&parts.own).take();
     state.set_phase(Phase::Applying);
@@ -142,7 +153,7 @@ fn answer(state: &Arc<AgentState>, parts: &Parts) {
     let mut log = Log::new();
     let mut document = None;
     let mut announce = false;
-    let result = apply(state, parts, payload, started, &mut log, &mut document, &mut announce);
+    let result = apply(state, parts, payload, [captured, started], &mut log, &mut document, &mut announce);
     let fork = document.as_ref().map(|document: &Document| document.fork.id.clone());
     let ack = Ack {
         stage: if result.is_ok() { Stage::Applied } else { Stage::Failed },
@@ -176,7 +187,7 @@ fn apply(
     state: &Arc<AgentState>,
     parts: &Parts,
     payload: Secret,
-    started: Instant,
+    [captured, started]: [Instant; 2],
     log: &mut Log,
     kept: &mut Option<Document>,
     announce: &mut bool,
@@ -188,7 +199,7 @@ fn apply(
     log.steps.push(Step { name: "document".into(), outcome: "taken+wiped".into(), micros });
     let make_keys = {
         let mut prepared = lock(&parts.prepared);
-        apply::until_thaw(state, parts, &mut prepared, document, started, log)?;
+        apply::until_thaw(state, parts, &mut prepared, document, captured, log)?;
         prepared.wants_host_keys && document.action == Action::Become
     };
     // What follows waits for others: they run while this thread sleeps, and it goes on as soon as they have answered.
