@@ -99,7 +99,7 @@ pub fn kill(home: &Home, record: &ForkRecord) -> Result<(), ForksError> {
     record::remove(home, &dir(home, record), &record.id).map_err(state("removing the fork's directory"))
 }
 
-/// Bytes of memory that this fork has for itself, and of the rest of what it maps. Clean pages, those of its template's
+/// Bytes of memory that this fork has for itself, and of the rest of what it maps. Pages of files, those of its template's
 /// memory above all, are the page cache's even while only one fork maps them, so they count as shared.
 #[must_use]
 pub fn memory_of(record: &ForkRecord) -> Option<(u64, u64)> {
@@ -112,6 +112,7 @@ pub(crate) fn memory_of_process(process: &ProcessRef) -> Option<(u64, u64)> {
         let (_, rest) = text.lines().filter_map(|line| line.split_once(':')).find(|(name, _)| *name == wanted)?;
         Some(rest.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
     };
-    let private = field("Private_Dirty")? + field("Swap").unwrap_or(0);
-    Some((private, field("Rss")?.saturating_sub(field("Private_Dirty")?)))
+    // What it copied or made itself. A page of a file that has not reached the disk yet would count as private and dirty.
+    let own = field("Anonymous")?;
+    Some((own + field("Swap").unwrap_or(0), field("Rss")?.saturating_sub(own)))
 }

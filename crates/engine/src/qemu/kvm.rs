@@ -3,13 +3,13 @@
 //! A kernel is booted: without a root file system it panics, which ends QEMU by itself; anything else (an internal error,
 //! silence) means that KVM can not be used.
 
-use std::{path::Path, time::Duration};
+use std::path::Path;
 
 use super::QemuEngine;
-use crate::{Accel, BootSpec, Confinement, KvmState, Machine};
-
-/// A kernel reaches its panic in less than two seconds on real KVM; inside an emulated machine that is busy it took 19.
-const BOOT_LIMIT: Duration = Duration::from_secs(60);
+use crate::{
+    Accel, KvmState,
+    kvm_state::{BOOT_LIMIT, spec},
+};
 
 /// Boots `kernel` in `dir`, an empty directory.
 #[must_use]
@@ -22,16 +22,8 @@ pub fn probe(kernel: &Path, dir: &Path) -> KvmState {
 
 fn boots(kernel: &Path, dir: &Path) -> Result<(), String> {
     let engine = QemuEngine::find(Accel::Kvm).map_err(|error| error.to_string())?;
-    let spec = BootSpec {
-        dir,
-        machine: Machine { memory_bytes: 256 << 20, vcpus: 1 },
-        kernel,
-        initramfs: Path::new(""),
-        // Read as a disk, never mounted: any file does.
-        root_image: kernel,
-        memory_file: &dir.join("memory.img"),
-        confinement: Confinement::default(),
-    };
+    let memory_file = dir.join("memory.img");
+    let spec = spec(kernel, dir, &memory_file);
     let mut qemu = engine.launch_boot(&spec, None, "").map_err(|error| error.to_string())?;
     qemu.machine.wait_end(BOOT_LIMIT).map_err(|error| error.to_string())
 }
