@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// Longest time for anything, also on a machine that has other work.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(30);
 /// As our own guests are started, as far as it makes them quick.
 const COMMAND_LINE: &str = "console=ttyS0 quiet reboot=k panic=-1 tsc=reliable no_timer_check mitigations=off random.trust_cpu=on \
     cryptomgr.notests 8250.nr_uarts=1 audit=0 rcupdate.rcu_expedited=1 nowatchdog psi=0";
