@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use memory::{copied_pages, fill_mailboxes};
+use memory::{fill_mailboxes, touched_pages};
 use vmm::{
     prefetch::PageList,
     worker::protocol::{Phase, Request},
@@ -129,11 +129,11 @@ impl Engine for KvmEngine {
         process: &ProcessRef,
     ) -> Result<Option<Vec<u8>>, EngineError> {
         let file = machine_dir::open(memory_file)?;
-        let pages = copied_pages(process.pid, &file, machine.memory_bytes).map_err(|error| {
+        let touched = touched_pages(process.pid, &file, machine.memory_bytes).map_err(|error| {
             let source = io::Error::other(error);
             EngineError::Control { during: "looking at the pages of a fork", source }
         })?;
-        Ok(Some(PageList::new(pages).encode()))
+        Ok(Some(PageList::new(touched.copied, touched.read).encode()))
     }
 }
 

@@ -4,6 +4,7 @@ pub mod cpuid;
 pub mod prefault;
 pub mod run;
 pub mod state;
+pub mod touch;
 pub mod vcpu;
 pub mod vm;
 

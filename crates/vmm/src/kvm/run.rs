@@ -13,6 +13,7 @@ use std::{
         atomic::{AtomicU8, Ordering},
     },
     thread::{self, JoinHandle},
+    time::Duration,
 };
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -21,12 +22,16 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::{
     bus::Bus,
     ending::Ending,
+    kvm::KvmError,
     machine::Exit,
     worker::seccomp::{self, Role},
 };
 
 /// Which real-time signal interrupts `KVM_RUN`, counted from the first.
 const KICK: i32 = 0;
+
+/// How soon a thread that ended in the middle of an errand is noticed.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// `KVM_SYSTEM_EVENT_SHUTDOWN` and `_RESET`.
 const SYSTEM_RESET: u32 = 2;
@@ -51,7 +56,13 @@ enum Wanted {
 struct State {
     wanted: Wanted,
     parked: bool,
+    errand: Option<Errand>,
+    /// What came of the last errand.
+    done: Option<Result<(), KvmError>>,
 }
+
+/// Something that a parked vCPU's thread does with it.
+pub type Errand = fn(&mut VcpuFd) -> Result<(), KvmError>;
 
 #[derive(Debug)]
 struct Shared {
@@ -106,7 +117,7 @@ impl VcpuThread {
         let immediate_exit = ImmediateExit::of(&mut vcpu);
         let shared = Arc::new(Shared {
             vcpu: Mutex::new(vcpu),
-            state: Mutex::new(State { wanted: Wanted::Parked, parked: true }),
+            state: Mutex::new(State { wanted: Wanted::Parked, parked: true, errand: None, done: None }),
             changed: Condvar::new(),
             immediate_exit,
         });
@@ -131,6 +142,27 @@ impl VcpuThread {
         let mut state = self.shared.state();
         while !state.parked {
             state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Has the thread of a parked vCPU do something with it, and waits for it.
+    ///
+    /// # Errors
+    /// What it fails of; [`KvmError::Refused`] if the thread is gone.
+    pub fn run_errand(&self, errand: Errand) -> Result<(), KvmError> {
+        let mut state = self.shared.state();
+        state.errand = Some(errand);
+        self.shared.changed.notify_all();
+        loop {
+            if let Some(done) = state.done.take() {
+                return done;
+            }
+            if self.thread.as_ref().is_none_or(JoinHandle::is_finished) {
+                let source = io::Error::other("its thread has ended");
+                return Err(KvmError::Refused { what: "use a vCPU", source });
+            }
+            let waited = self.shared.changed.wait_timeout(state, LOOK_AGAIN);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -197,6 +229,12 @@ fn serve(shared: &Shared, buses: &OnceLock<Buses>, ending: &Ending) {
     loop {
         let mut state = shared.state();
         while state.wanted == Wanted::Parked {
+            if let Some(errand) = state.errand.take() {
+                drop(state);
+                let done = errand(&mut shared.vcpu.lock().unwrap_or_else(PoisonError::into_inner));
+                state = shared.state();
+                state.done = Some(done);
+            }
             state.parked = true;
             shared.changed.notify_all();
             state = shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);

@@ -9,10 +9,10 @@ mod clocks;
 mod devices;
 mod error;
 mod prepared;
+mod ready;
 
 use std::{
     fs::File,
-    ops::Range,
     os::fd::{AsFd, BorrowedFd},
     time::Duration,
 };
@@ -20,15 +20,13 @@ use std::{
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use self::{clocks::StoppedClocks, devices::Devices};
-pub use self::{devices::DeviceFiles, error::MachineError, prepared::Prepared};
+pub use self::{devices::DeviceFiles, error::MachineError, prepared::Prepared, ready::Ready};
 use crate::{
     config::MachineConfig,
     kvm::{
-        self, prefault,
-        run::VcpuThread,
+        self,
         state::{VcpuState, VmState},
     },
-    layout::PAGE_BYTES,
     memory::{self, GuestMemory},
     snapshot::Snapshot,
 };
@@ -75,9 +73,22 @@ impl Machine {
     ///
     /// # Errors
     /// [`MachineError`].
-    pub fn restore(snapshot: &Snapshot, memory: &File, mut files: DeviceFiles) -> Result<Self, MachineError> {
+    pub fn restore(snapshot: &Snapshot, memory: &File, files: DeviceFiles) -> Result<Self, MachineError> {
+        Self::restore_with(snapshot, memory, files, &Ready::default())
+    }
+
+    /// The same, with pages that it is to have before it runs.
+    ///
+    /// # Errors
+    /// [`MachineError`].
+    pub fn restore_with(
+        snapshot: &Snapshot,
+        memory: &File,
+        mut files: DeviceFiles,
+        ready: &Ready,
+    ) -> Result<Self, MachineError> {
         let kvm = kvm::open(files.kvm.take())?;
-        Prepared::new(kvm, snapshot.machine)?.restore(snapshot, memory, files)
+        Prepared::new(kvm, snapshot.machine)?.restore(snapshot, memory, files, ready)
     }
 
     /// The machine's size.
@@ -142,34 +153,6 @@ impl Machine {
     /// [`MachineError::Running`], [`MachineError::Place`].
     pub fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), MachineError> {
         self.access(offset, bytes.len(), |memory, at| memory.read_slice(bytes, at))
-    }
-
-    /// Makes parts of guest memory, by offset in the memory file, the machine's own before the guest touches them: the pages
-    /// that a fork writes anyway on its way to its ack. Parts that are not there are left out.
-    ///
-    /// # Errors
-    /// [`MachineError::Running`].
-    pub fn populate(&self, parts: impl IntoIterator<Item = Range<u64>>) -> Result<(), MachineError> {
-        self.expect_paused()?;
-        // One vCPU for all: their page tables are the same.
-        let vcpu = self.prepared.vcpus.first().map(VcpuThread::vcpu);
-        let mut can_enter = true;
-        let size = memory::size(self.prepared.vm.memory());
-        for part in parts {
-            // Whole pages.
-            let (start, end) =
-                (part.start / PAGE_BYTES * PAGE_BYTES, part.end.div_ceil(PAGE_BYTES).saturating_mul(PAGE_BYTES));
-            let bytes = end.min(size).saturating_sub(start);
-            if bytes == 0 {
-                continue;
-            }
-            memory::populate(self.prepared.vm.memory(), start, bytes);
-            // After it is the machine's own, else it would be entered for reading only.
-            if let (true, Some(vcpu), Some(at)) = (can_enter, &vcpu, memory::address_of(start, bytes)) {
-                can_enter = prefault::enter(vcpu, at, bytes);
-            }
-        }
-        Ok(())
     }
 
     fn access(

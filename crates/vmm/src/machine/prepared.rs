@@ -8,7 +8,7 @@ use std::{
 
 use kvm_ioctls::Kvm;
 
-use super::{DeviceFiles, Devices, Machine, MachineError, StoppedClocks};
+use super::{DeviceFiles, Devices, Machine, MachineError, Ready, StoppedClocks};
 use crate::{
     boot::{self, Image},
     config::MachineConfig,
@@ -105,7 +105,13 @@ impl Prepared {
     ///
     /// # Errors
     /// [`MachineError`].
-    pub fn restore(self, snapshot: &Snapshot, memory: &File, files: DeviceFiles) -> Result<Machine, MachineError> {
+    pub fn restore(
+        self,
+        snapshot: &Snapshot,
+        memory: &File,
+        files: DeviceFiles,
+        ready: &Ready,
+    ) -> Result<Machine, MachineError> {
         snapshot.check_machine(&self.config)?;
         snapshot.check_host(&self.host, &self.support)?;
         memory::fill(self.vm.memory(), memory, Sharing::Private)?;
@@ -113,7 +119,12 @@ impl Prepared {
         // captured.
         let (devices, buses) = Devices::new(&self.vm, &self.ending, files, Some(&snapshot.devices))?;
         for (vcpu, state) in self.vcpus.iter().zip(&snapshot.vcpus) {
-            state.load(&vcpu.vcpu(), &self.support)?;
+            state.prepare(&vcpu.vcpu(), &self.support)?;
+        }
+        // Between the two: it needs the processors' features, and leaves traces in the rest of their state.
+        ready.make(self.vm.memory(), &self.vcpus)?;
+        for (vcpu, state) in self.vcpus.iter().zip(&snapshot.vcpus) {
+            state.load_prepared(&vcpu.vcpu(), &self.support)?;
         }
         snapshot.vm.load(self.vm.fd())?;
         // After the state, before the first run.

@@ -10,7 +10,7 @@ use std::{
 
 use super::{Guest, Loading, run::Source};
 use crate::{
-    machine::{DeviceFiles, Exit, Machine},
+    machine::{DeviceFiles, Exit, Machine, Ready},
     prefetch::{self, PageList},
     snapshot::{MAX_BYTES, Snapshot},
 };
@@ -37,22 +37,20 @@ pub fn load(loading: Loading) -> Result<Machine, Box<dyn Error>> {
         Source::Restore { state, pages } => {
             let snapshot = Snapshot::decode(&read_bounded(state, MAX_BYTES)?)?;
             snapshot.check_machine(&loading.machine)?;
-            let machine = Machine::restore(&snapshot, &loading.memory, files)?;
-            if let Some(pages) = pages {
-                prefetch(&machine, pages)?;
-            }
-            Ok(machine)
+            let pages = pages.map(list).transpose()?.unwrap_or_default();
+            let ready = Ready { pages, ahead: loading.ahead };
+            Ok(Machine::restore_with(&snapshot, &loading.memory, files, &ready)?)
         }
     }
 }
 
 /// A list that can not be read makes a fork slower, and is no reason not to have it.
-fn prefetch(machine: &Machine, pages: File) -> Result<(), Box<dyn Error>> {
-    match PageList::decode(&read_bounded(pages, prefetch::MAX_BYTES)?) {
-        Ok(list) => machine.populate(list.parts())?,
-        Err(error) => eprintln!("the list of pages to have ready is not used: {error}"),
-    }
-    Ok(())
+fn list(pages: File) -> io::Result<PageList> {
+    let list = PageList::decode(&read_bounded(pages, prefetch::MAX_BYTES)?);
+    Ok(list.unwrap_or_else(|error| {
+        eprintln!("the list of pages to have ready is not used: {error}");
+        PageList::default()
+    }))
 }
 
 /// All of a file that is no longer than it may be; one byte more is left for the decoder to refuse.

@@ -55,6 +55,8 @@ pub struct Loading {
     pub ack: OwnedFd,
     /// Listening sockets of the control channels.
     pub channels: Vec<UnixListener>,
+    /// Whether nobody waits for the machine yet.
+    pub ahead: bool,
     /// Where the guest begins.
     pub source: Source,
 }
@@ -149,6 +151,7 @@ impl Inherited {
                 root_image: take(launch.root_image).into(),
                 ack: take(launch.ack),
                 channels: launch.channels.into_iter().map(|number| take(number).into()).collect(),
+                ahead: launch.purpose == Purpose::Spare,
                 source,
             },
         })

@@ -13,7 +13,8 @@ use std::{
 };
 
 use offshoot_vmm::{
-    machine::{Exit, Machine, MachineError},
+    machine::{Exit, Machine, MachineError, Ready},
+    prefetch::PageList,
     snapshot::Snapshot,
 };
 use payload::{COUNT_AND_SAY, ENTRY, Guest, MEMORY, READ_NOWHERE, RESET, TRIPLE_FAULT, WORD, files, memory};
@@ -102,9 +103,11 @@ fn every_copy_has_its_own_generation_and_the_pages_it_was_given_ahead() {
     let (snapshot, memory, count) = captured(1);
     let mut seen = HashSet::new();
     let mut copies = Vec::new();
-    for _ in 0..3 {
-        let copy = Guest::restore(&snapshot, &memory);
-        copy.machine.populate([payload::COUNTER..payload::COUNTER + 8, 0..MEMORY, MEMORY..u64::MAX, 9..9]).unwrap();
+    // Written and read pages, some of them not there; for a copy that is waited for, and for one that is not.
+    let pages =
+        PageList::new([payload::COUNTER..MEMORY / 2, MEMORY - 4096..MEMORY + (8 << 20)], [0..4096, 8192..12288]);
+    for ahead in [true, false, true] {
+        let copy = Guest::restore_with(&snapshot, &memory, &Ready { pages: pages.clone(), ahead });
         assert_eq!(copy.count(), count);
         let mut generation = [0; 16];
         copy.machine.read(offshoot_vmm::layout::GENERATION, &mut generation).unwrap();

@@ -9,7 +9,7 @@ use std::{
 
 use offshoot_vmm::{
     config::MachineConfig,
-    machine::{DeviceFiles, Machine},
+    machine::{DeviceFiles, Machine, Ready},
 };
 
 /// Where the payload is loaded and begins.
@@ -105,8 +105,13 @@ impl Guest {
 
     /// Restores a copy, paused.
     pub fn restore(snapshot: &offshoot_vmm::snapshot::Snapshot, memory: &File) -> Self {
+        Self::restore_with(snapshot, memory, &Ready::default())
+    }
+
+    /// The same, with pages that it has before it runs.
+    pub fn restore_with(snapshot: &offshoot_vmm::snapshot::Snapshot, memory: &File, ready: &Ready) -> Self {
         let console = tempfile::tempfile().unwrap();
-        let machine = Machine::restore(snapshot, memory, files(&console)).unwrap();
+        let machine = Machine::restore_with(snapshot, memory, files(&console), ready).unwrap();
         Self { machine, console }
     }
 
