@@ -17,7 +17,7 @@ use std::{
 };
 
 use engine::{Confinement, Engine, EngineError, EngineInfo, ProcessRef, RestoreSpec};
-use identity::{ForkId, Tag};
+use identity::Tag;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use store::{Manifest, Template};
@@ -29,7 +29,7 @@ use crate::{
     forks,
     home::Home,
     pages,
-    record::{self, Entry, NewFork},
+    record::{self, NewFork},
 };
 
 /// Most spares of one template: each holds some 20 MiB.
@@ -110,7 +110,7 @@ struct Setting {
 /// [`PoolError::State`].
 pub fn list(home: &Home) -> Result<Vec<Pool>, PoolError> {
     let state = |source| PoolError::State { step: "reading the pools", source };
-    let spares = spares(home).map_err(state)?;
+    let spares: Vec<_> = record::spares(home).map_err(state)?.collect();
     let mut tags: Vec<Tag> = spares.iter().map(|(_, spare)| spare.template.clone()).collect();
     for entry in fs::read_dir(home.pools()).map_err(state)? {
         tags.extend(Tag::parse(&entry.map_err(state)?.file_name().to_string_lossy()));
@@ -188,9 +188,8 @@ pub fn take(home: &Home, manifest: &Manifest) -> Option<(NewFork, ProcessRef)> {
     if size(home, &manifest.tag) == 0 {
         return None;
     }
-    spares(home)
+    record::spares(home)
         .ok()?
-        .into_iter()
         .filter(|(_, spare)| spare.is_for(manifest) && spare.process.is_alive())
         .find_map(|(id, spare)| Some((NewFork::from_spare(home, &id, &spare.process).ok()??, spare.process)))
 }
@@ -232,7 +231,7 @@ fn trim(home: &Home, tag: &Tag, template: Option<&Manifest>) -> Result<usize, Po
     let state = |source| PoolError::State { step: "ending a spare machine", source };
     let size = size(home, tag);
     let mut ready = 0;
-    for (id, spare) in spares(home).map_err(state)?.into_iter().filter(|(_, spare)| spare.template == *tag) {
+    for (id, spare) in record::spares(home).map_err(state)?.filter(|(_, spare)| spare.template == *tag) {
         if ready < size && spare.process.is_alive() && template.is_some_and(|manifest| spare.is_for(manifest)) {
             ready += 1;
         } else if let Some(taken) = NewFork::from_spare(home, &id, &spare.process).map_err(state)? {
@@ -241,14 +240,6 @@ fn trim(home: &Home, tag: &Tag, template: Option<&Manifest>) -> Result<usize, Po
         }
     }
     Ok(ready)
-}
-
-fn spares(home: &Home) -> io::Result<Vec<(ForkId, Spare)>> {
-    let spare = |entry| match entry {
-        Entry::Spare { id, spare, .. } => Some((id, *spare)),
-        _ => None,
-    };
-    Ok(record::entries(home)?.into_iter().filter_map(spare).collect())
 }
 
 fn lock(home: &Home, tag: &Tag, wait: bool) -> Result<Option<File>, PoolError> {

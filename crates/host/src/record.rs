@@ -303,10 +303,26 @@ pub enum Entry {
 /// # Errors
 /// If the directory can not be read.
 pub fn entries(home: &Home) -> io::Result<Vec<Entry>> {
-    let mut names: Vec<_> =
-        fs::read_dir(home.forks())?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<_>>()?;
+    Ok(named(home)?.iter().filter_map(|name| entry(home, name)).collect())
+}
+
+/// The spares among them, each read when it is asked for: there may be thousands of forks beside them.
+///
+/// # Errors
+/// If the state can not be read.
+pub(crate) fn spares(home: &Home) -> io::Result<impl Iterator<Item = (ForkId, Spare)>> {
+    let names = named(home)?.into_iter().filter(|name| name.starts_with(SPARE));
+    Ok(names.filter_map(|name| match entry(home, &name) {
+        Some(Entry::Spare { id, spare, .. }) => Some((id, *spare)),
+        _ => None,
+    }))
+}
+
+fn named(home: &Home) -> io::Result<Vec<String>> {
+    let name = |entry: io::Result<fs::DirEntry>| Ok(entry?.file_name().to_string_lossy().into_owned());
+    let mut names: Vec<_> = fs::read_dir(home.forks())?.map(name).collect::<io::Result<_>>()?;
     names.sort();
-    Ok(names.iter().filter_map(|name| entry(home, &name.to_string_lossy())).collect())
+    Ok(names)
 }
 
 fn entry(home: &Home, name: &str) -> Option<Entry> {

@@ -309,7 +309,7 @@ impl Header {
 pub struct Fill {
     /// Index of the page.
     pub page_index: usize,
-    /// Bytes from [`offset::PAYLOAD_LEN`] to the end of the page.
+    /// Bytes from [`offset::PAYLOAD_LEN`] on: the length and what follows it, up to the end of the payload's part.
     pub tail: Secret,
 }
 
@@ -330,8 +330,10 @@ pub fn fill(header: &Header, payload: &[u8], ack_key: &AckKey) -> Result<Vec<Fil
             write(&mut page, offset::PAYLOAD_CRC, &crc.to_le_bytes());
             write(&mut page, offset::ACK_KEY, ack_key.expose());
             let part = part_of(payload.len(), page_index);
+            // The rest of an armed page is zero already.
+            let end = offset::PAYLOAD + part.len();
             write(&mut page, offset::PAYLOAD, &payload[part]);
-            let tail = Secret::new(page[offset::PAYLOAD_LEN..].to_vec());
+            let tail = Secret::new(page[offset::PAYLOAD_LEN..end].to_vec());
             page.zeroize();
             Fill { page_index, tail }
         })

@@ -117,7 +117,8 @@ mod tests {
         let header = mailbox::Header::parse(&pages.pages_mut()[0]).unwrap();
         let fills = mailbox::fill(&header, payload, &AckKey::new([7; 32])).unwrap();
         for fill in &fills {
-            pages.pages_mut()[fill.page_index][offset::PAYLOAD_LEN..].copy_from_slice(fill.tail.expose());
+            let tail = fill.tail.expose();
+            pages.pages_mut()[fill.page_index][offset::PAYLOAD_LEN..][..tail.len()].copy_from_slice(tail);
         }
         for fill in fills.iter().rev() {
             pages.pages_mut()[fill.page_index][offset::STATE..][..4].copy_from_slice(&State::Filled.to_bytes());
