@@ -161,7 +161,8 @@ fetch_for() {
 # test_in_rig [FILTER]: runs the compiled tests of the whole system in the rig. What templates are made from is downloaded
 # outside; the templates stay on a disk of the rig's for the next run. Without a filter two machines share the work.
 test_in_rig() {
-    ensure_guest_files
+    kept=$(cache_folder)
+    ls "$kept"/kernel/*/vmlinuz "$kept"/rootfs/debian-*.tar >/dev/null 2>&1 || fetch_for python
     tests=$(cargo test -p offshoot-tests --test system --no-run --message-format json \
         | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
     [ -n "$tests" ] || setup_fail "The tests of the whole system could not be built; see the lines above."
