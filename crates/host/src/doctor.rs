@@ -88,9 +88,7 @@ fn worker(home: &Home) -> Finding {
         }
     };
     match engines::probe(home, EngineName::Kvm, newest_kernel(home).as_deref()) {
-        KvmState::Works => {
-            ok(name, format!("a kernel boots with it: `offshoot build --engine kvm` ({})", program.display()))
-        }
+        KvmState::Works => ok(name, format!("a kernel boots with it; new templates use it ({})", program.display())),
         KvmState::Unusable(reason) => {
             warn(name, reason, "nothing: qemu does the same, slower; `offshoot build --engine kvm` tries all the same")
         }
