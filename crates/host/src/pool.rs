@@ -32,7 +32,7 @@ use crate::{
     record::{self, NewFork},
 };
 
-/// Most spares of one template: each holds some 20 MiB.
+/// Most spares of one template: each holds some 16 MiB with QEMU.
 pub const MAX_SIZE: usize = 256;
 /// Time for a spare to be gone once it is killed.
 const KILL_LIMIT: Duration = Duration::from_secs(20);
