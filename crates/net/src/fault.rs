@@ -29,7 +29,7 @@ pub const STEPS: [&str; 12] = [
 pub(crate) fn point(step: &str) -> io::Result<()> {
     #[cfg(test)]
     tests::point(step)?;
-    #[cfg(feature = "fault-points")]
+    #[cfg(any(test, feature = "fault-points"))]
     if let Ok(wanted) = std::env::var("OFFSHOOT_FAULT")
         && let Some(action) = wanted.strip_prefix(step).and_then(|rest| rest.strip_prefix(':'))
     {

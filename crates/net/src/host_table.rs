@@ -106,6 +106,11 @@ fn add_chains(table: &mut Transaction) {
     let between_forks = || from_fork().group(Meta::OutGroup, OURS, false);
     table.rule(TABLE, "forward", between_forks().groups_in(NETS).verdict(accept));
     table.rule(TABLE, "forward", between_forks().reject());
+    // A host that forwards would do so for its neighbours too, who can send it what is for a fork.
+    let to_fork = || Rule::default().group(Meta::OutGroup, OURS, false);
+    table.rule(TABLE, "forward", to_fork().connection(connection::ESTABLISHED | connection::RELATED).verdict(accept));
+    table.rule(TABLE, "forward", to_fork().translated().verdict(accept));
+    table.rule(TABLE, "forward", to_fork().reject());
 
     table.chain(TABLE, "input", "filter", Hook::Input, FILTER, accept);
     table.rule(TABLE, "input", from_fork().connection(connection::ESTABLISHED | connection::RELATED).verdict(accept));

@@ -284,11 +284,13 @@ impl Network {
         }
         fault::point("net.shared").map_err(step("changing the host's table"))?;
         namespace::within(&record.namespace(&self.state), || {
+            // It may have been prepared long ago: that its parts are there is not taken for granted.
+            let doing = "finding the tap and the wire";
+            let mut inside = Socket::route().map_err(step(doing))?;
+            let tap = inside.index_of(TAP).map_err(step(doing))?;
+            let wire = inside.index_of(WIRE).map_err(step(doing))?;
             if let Some(rate) = policy.rate {
-                let mut inside = Socket::route().map_err(step("limiting the rate"))?;
-                let (tap, wire) = (inside.index_of(TAP), inside.index_of(WIRE));
-                let ends = [tap.map_err(step("limiting the rate"))?, wire.map_err(step("limiting the rate"))?];
-                let requests = ends.map(|end| link::token_bucket(end, rate)).into();
+                let requests = [tap, wire].map(|end| link::token_bucket(end, rate)).into();
                 inside.carry_out(requests).map_err(step("limiting the rate"))?;
             }
             fault::point("net.rate").map_err(step("limiting the rate"))?;

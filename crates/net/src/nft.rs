@@ -185,6 +185,14 @@ impl Rule {
         self.step("ct", &[number(1, FIRST), number(2, 0)]).mask(4, &states.to_ne_bytes()).compare(1, &[0; 4])
     }
 
+    /// Goes on if the connection's destination was translated, which here is: it came to a forwarded port.
+    pub(crate) fn translated(self) -> Self {
+        const STATUS: u32 = 2;
+        // IPS_DST_NAT, include/uapi/linux/netfilter/nf_conntrack_common.h
+        const DESTINATION: u32 = 1 << 5;
+        self.step("ct", &[number(1, FIRST), number(2, STATUS)]).mask(4, &DESTINATION.to_ne_bytes()).compare(1, &[0; 4])
+    }
+
     /// Goes on if the destination is an address of this host.
     pub(crate) fn destined_here(self) -> Self {
         const ADDRESS_TYPE: u32 = 3;

@@ -34,7 +34,7 @@ const BEFORE_CONNECTIONS: i32 = -300;
 const FILTER: i32 = 0;
 
 /// Where no fork's packet goes: this network, loopback, link-local (with the metadata services of clouds), multicast, reserved and broadcast.
-fn never() -> [IpNet; 8] {
+fn never() -> [IpNet; 9] {
     let v4 = |address: [u8; 4], prefix| IpNet::V4(Ipv4Net::new_assert(address.into(), prefix));
     let v6 = |first: u16, prefix| IpNet::V6(Ipv6Net::new_assert([first, 0, 0, 0, 0, 0, 0, 0].into(), prefix));
     [
@@ -46,8 +46,9 @@ fn never() -> [IpNet; 8] {
         v6(0xff00, 8),
         // Loopback, "unspecified", and IPv4 in disguise.
         v6(0, 8),
-        // The metadata service of a large cloud for IPv6, which is unique local and not link-local.
+        // The metadata services of two large clouds for IPv6, which are unique local and not link-local.
         IpNet::V6(Ipv6Net::new_assert([0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254].into(), 128)),
+        IpNet::V6(Ipv6Net::new_assert([0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254].into(), 128)),
     ]
 }
 

@@ -6,6 +6,8 @@ use super::rig::{TAP, fork, in_a_world_alone};
 use crate::{
     LinkError, Policy, Rate,
     fault::{STEPS, tests::fail_at},
+    namespace,
+    netlink::{Socket, link},
 };
 
 /// A policy that needs every step.
@@ -109,4 +111,29 @@ fn a_link_is_made_once_and_worked_on_by_one() {
         drop(network.adopt_open(&fork(1)).unwrap());
         assert!(matches!(network.read(&fork(1)), Err(LinkError::Absent(_))));
     });
+}
+
+#[test]
+fn a_link_whose_wire_or_namespace_is_gone_is_not_opened_and_what_is_left_of_it_goes() {
+    in_a_world_alone(
+        "tests::faults::a_link_whose_wire_or_namespace_is_gone_is_not_opened_and_what_is_left_of_it_goes",
+        |world| {
+            let network = world.network();
+            drop(network.prepare(&fork(1), TAP).unwrap());
+            let before = world.everything(&network);
+            let link = network.prepare(&fork(1), TAP).unwrap();
+            let mut host = Socket::route().unwrap();
+            let wire = host.index_of(&link.record().wire()).unwrap();
+            host.carry_out(vec![link::delete(wire)]).unwrap();
+            drop(host);
+            let error = link.open(Policy::default()).unwrap_err();
+            assert!(error.to_string().contains("the wire"), "{error}");
+            assert_eq!(world.everything(&network), before);
+
+            let link = network.prepare(&fork(1), TAP).unwrap();
+            namespace::unmake(&link.record().namespace(&network.state)).unwrap();
+            link.open(Policy::default()).unwrap_err();
+            assert_eq!(world.everything(&network), before);
+        },
+    );
 }

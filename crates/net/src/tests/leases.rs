@@ -8,6 +8,8 @@ use std::{
     time::Duration,
 };
 
+use proptest::prelude::*;
+
 use super::rig::fork;
 use crate::{DEFAULT_PAUSE, LeaseError, LeaseRecord, Leases, Pool};
 
@@ -127,4 +129,36 @@ fn a_lease_of_an_earlier_boot_is_free_and_one_that_can_not_be_read_is_not() {
     std::fs::write(&path, earlier).unwrap();
     assert_eq!(leases.held().unwrap().len(), 0);
     assert!(leases.lease(&pool, &fork(2)).is_ok());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+
+    /// Any order of leasing and giving back, from two pools, of which one is so small that it runs out.
+    #[test]
+    fn no_two_forks_hold_one_address(steps in proptest::collection::vec((any::<bool>(), any::<bool>(), any::<usize>()), 1..80)) {
+        let dir = tempfile::tempdir().unwrap();
+        let leases = Leases::open(dir.path(), Duration::ZERO).unwrap();
+        let pools = [pool("10.0.0.0/28"), pool("10.0.1.0/24")];
+        let mut held = Vec::new();
+        for (number, (take, small, which)) in (0..).zip(steps) {
+            let pool = &pools[usize::from(!small)];
+            let of_pool = |held: &[crate::Lease]| {
+                held.iter().filter(|lease| lease.record().addresses.pool_v4 == pool.v4()).count() as u64
+            };
+            if take || held.is_empty() {
+                match leases.lease(pool, &fork(number)) {
+                    Ok(lease) => held.push(lease),
+                    Err(LeaseError::Exhausted { .. }) => prop_assert_eq!(of_pool(&held), pool.capacity()),
+                    Err(error) => return Err(TestCaseError::fail(error.to_string())),
+                }
+            } else {
+                held.swap_remove(which % held.len());
+            }
+            let addresses: BTreeSet<_> = held.iter().map(|lease| lease.record().addresses.v4).collect();
+            prop_assert_eq!(addresses.len(), held.len());
+            let recorded: BTreeSet<_> = leases.held().unwrap().into_keys().collect();
+            prop_assert_eq!(recorded, addresses);
+        }
+    }
 }

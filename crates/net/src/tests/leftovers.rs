@@ -1,9 +1,13 @@
 //! What is found and removed afterwards, and what is never touched.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::BTreeSet,
+    os::unix::process::ExitStatusExt,
+    process::{Command, Stdio},
+};
 
 use super::rig::{TAP, fork, in_a_world_alone};
-use crate::{Leftover, Policy, named_net, namespace, record};
+use crate::{DEFAULT_PAUSE, Leftover, Network, Policy, Pool, fault::STEPS, named_net, namespace, record};
 
 fn owners(numbers: &[u32]) -> BTreeSet<identity::ForkId> {
     numbers.iter().map(|&number| fork(number)).collect()
@@ -65,7 +69,7 @@ fn o3_what_a_crash_left_half_made_is_removed() {
             assert_eq!(world.everything(&network), before, "{torn:?}");
         }
         // A lease alone may be one that is just being recorded.
-        let lease = network.leases.lease(&crate::Pool::default(), &fork(2)).unwrap();
+        let lease = network.leases.lease(&Pool::default(), &fork(2)).unwrap();
         assert!(!network.inventory().unwrap().leftovers(&BTreeSet::new()).contains(&Leftover::Link(fork(2))));
         drop(lease);
         // Removing what is not there, or not there any more, is fine.
@@ -73,6 +77,49 @@ fn o3_what_a_crash_left_half_made_is_removed() {
         network.remove(&fork(3)).unwrap();
         assert_eq!(world.everything(&network), before);
     });
+}
+
+const KILLED: &str = "OFFSHOOT_TEST_KILLED";
+
+/// The part of the process that is killed in the test below. By itself it does nothing.
+#[test]
+fn as_a_process_that_is_killed() {
+    if let Some(dir) = std::env::var_os(KILLED) {
+        let network = Network::open(dir.as_ref(), Pool::default(), DEFAULT_PAUSE).unwrap();
+        let policy = Policy {
+            net: Some("web".parse().unwrap()),
+            forwards: vec!["8080:80".parse().unwrap()],
+            ..Policy::default()
+        };
+        let _ = network.prepare(&fork(2), TAP).unwrap().open(policy).unwrap().keep();
+    }
+}
+
+#[test]
+fn o2_what_a_process_leaves_that_is_killed_after_any_step_is_found_and_removed() {
+    in_a_world_alone(
+        "tests::leftovers::o2_what_a_process_leaves_that_is_killed_after_any_step_is_found_and_removed",
+        |world| {
+            let network = world.network();
+            drop(network.prepare(&fork(1), TAP).unwrap());
+            let before = world.everything(&network);
+            for step in STEPS {
+                let mut process = Command::new(std::env::current_exe().unwrap());
+                process.args(["--exact", "tests::leftovers::as_a_process_that_is_killed"]);
+                process.env(KILLED, world.path("net")).env("OFFSHOOT_FAULT", format!("{step}:kill"));
+                let status = process.stdout(Stdio::null()).status().unwrap();
+                assert_eq!(status.signal(), Some(9), "{step}");
+                assert_ne!(world.everything(&network), before, "{step}");
+                let found = network.inventory().unwrap();
+                assert!(found.in_work.is_empty(), "{step}");
+                // A lease alone is left for a while: see the test above.
+                let left = found.leftovers(&BTreeSet::new());
+                assert_eq!(left.contains(&Leftover::Link(fork(2))), step != "net.lease", "{step}");
+                network.remove_leftover(&Leftover::Link(fork(2))).unwrap();
+                assert_eq!(world.everything(&network), before, "{step}");
+            }
+        },
+    );
 }
 
 #[test]

@@ -126,6 +126,21 @@ fn n1_a_port_of_the_host_leads_to_the_fork_also_without_egress() {
 }
 
 #[test]
+fn n1_a_neighbour_of_the_host_reaches_no_fork_but_by_a_forwarded_port() {
+    in_a_world(|world| {
+        let outside = world.outside();
+        let (_link, guest) = world.open(&world.network(), 1, forwards(&["8080:80"]));
+        serve(&guest.namespace, (guest.v4(), 80));
+        world.route_from(&outside, guest.v4());
+        assert!(call_from(&outside, (guest.v4(), 80)).is_err());
+        assert!(call_from(&outside, (HOST, 8080)).is_ok());
+        // It is the host's rules that keep it out.
+        crate::host_table::remove().unwrap();
+        assert!(call_from(&outside, (guest.v4(), 80)).is_ok());
+    });
+}
+
+#[test]
 fn n1_a_port_of_the_host_is_taken_once() {
     in_a_world(|world| {
         let network = world.network();

@@ -149,6 +149,16 @@ impl World {
         path
     }
 
+    /// Lets the outside send what is for `to` to the host.
+    pub(super) fn route_from(&self, outside: &Path, to: Ipv4Addr) {
+        namespace::within(outside, || {
+            let mut socket = Socket::route()?;
+            let server = socket.index_of("server")?;
+            socket.carry_out(vec![link::route_to(server, to.into())])
+        })
+        .unwrap();
+    }
+
     /// Packets that came out of a fork's namespace.
     pub(super) fn packets_out_of(&self, record: &LinkRecord) -> u64 {
         let table = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
