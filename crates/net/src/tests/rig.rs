@@ -44,6 +44,9 @@ pub(super) const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
 /// Another address of the same server.
 pub(super) const OTHER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 9);
 
+/// Of both ends of the wire to the outside.
+pub(super) const UPLINK: MacAddress = MacAddress([2, 0, 0, 0, 0, 9]);
+
 pub(super) const TAP: TapOptions = TapOptions { owner: 0, vnet_header: false };
 
 /// Long enough for an answer on a busy machine.
@@ -125,8 +128,7 @@ impl World {
         let path = self.new_namespace();
         let file = std::fs::File::open(&path).unwrap();
         let mut host = Socket::route().unwrap();
-        host.carry_out(vec![link::new_wire("uplink", 0, MacAddress([2, 0, 0, 0, 0, 9]), "server", file.as_fd())])
-            .unwrap();
+        host.carry_out(vec![link::new_wire("uplink", 0, UPLINK, "server", file.as_fd())]).unwrap();
         let uplink = host.index_of("uplink").unwrap();
         host.carry_out(vec![
             link::up(uplink),
