@@ -193,6 +193,12 @@ impl Rule {
         self.step("ct", &[number(1, FIRST), number(2, STATUS)]).mask(4, &DESTINATION.to_ne_bytes()).compare(1, &[0; 4])
     }
 
+    /// Goes on if more than so many connections that came here are alive.
+    pub(crate) fn connections_over(self, limit: u32) -> Self {
+        const OVER: u32 = 1;
+        self.step("connlimit", &[number(1, limit), number(2, OVER)])
+    }
+
     /// Goes on if the destination is an address of this host.
     pub(crate) fn destined_here(self) -> Self {
         const ADDRESS_TYPE: u32 = 3;

@@ -29,6 +29,10 @@ const ICMP: u8 = 1;
 const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
 
+/// Most connections of a fork's own at a time. The host's kernel remembers each of them, for all forks together in one table (of some
+/// 65000 to 260000, by its memory); a fork that filled it would cut off all others.
+pub(crate) const MAX_CONNECTIONS: u32 = 4096;
+
 /// Before the kernel looks at connections.
 const BEFORE_CONNECTIONS: i32 = -300;
 const FILTER: i32 = 0;
@@ -111,6 +115,7 @@ pub(crate) fn open(addresses: &Addresses, policy: &Policy) -> io::Result<()> {
     add(Rule::default().connection(connection::ESTABLISHED | connection::RELATED).verdict(Verdict::Accept));
     // What the host's table lets through to this fork: from the host, forwarded ports, forks of the same net.
     add(Rule::default().link(Meta::InName, WIRE).link(Meta::OutName, TAP).verdict(Verdict::Accept));
+    add(out().connections_over(MAX_CONNECTIONS).reject());
     for range in never() {
         add(out().address(Side::Destination, range).reject());
     }

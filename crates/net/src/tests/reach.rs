@@ -2,12 +2,12 @@
 
 use std::{
     io,
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     time::{Duration, Instant},
 };
 
 use super::rig::{HOST, OTHER, OUTSIDE, TAP, answer_on, call, call_from, fork, in_a_world, serve};
-use crate::{Egress, Forward, LinkError, Policy, Rate};
+use crate::{Egress, Forward, LinkError, Policy, Rate, rules::MAX_CONNECTIONS};
 
 fn net(name: &str) -> Policy {
     Policy { net: Some(name.parse().unwrap()), ..Policy::default() }
@@ -174,6 +174,34 @@ fn n1_the_hosts_rules_come_back_with_all_ports_and_nets_after_a_flush() {
         let (_b, second) = world.open(&network, 2, net("web"));
         assert!(call_from(&outside, (HOST, 8080)).is_ok());
         assert!(call_from(&second.namespace, (first.v4(), 80)).is_ok());
+    });
+}
+
+#[test]
+fn f9_a_fork_can_not_fill_the_hosts_table_of_connections() {
+    in_a_world(|world| {
+        let outside = world.outside();
+        let (_link, guest) = world.open(&world.network(), 1, Policy::default());
+        let (server, again) = (serve(&outside, (OUTSIDE, 80)), serve(&outside, (OUTSIDE, 81)));
+        assert!(call_from(&guest.namespace, server).is_ok());
+        let flood = MAX_CONNECTIONS + 1000;
+        guest
+            .within(|| {
+                for port in (10_000..).take(flood as usize) {
+                    // What the card can not take at once is lost; what is refused comes back as an error of a later one.
+                    let _ = UdpSocket::bind((guest.v4(), 0))?.send_to(b"x", (OTHER, port));
+                    if port % 64 == 0 {
+                        std::thread::sleep(Duration::from_millis(2));
+                    }
+                }
+                Ok(())
+            })
+            .unwrap();
+        let count = crate::namespace::setting("netfilter/nf_conntrack_count").unwrap().parse::<u32>().unwrap();
+        assert!(count > MAX_CONNECTIONS / 2 && count <= MAX_CONNECTIONS + 16, "{count}");
+        assert!(call_from(&guest.namespace, again).is_err(), "there is no room for its own");
+        let (_other, second) = world.open(&world.network(), 2, Policy::default());
+        assert!(call_from(&second.namespace, again).is_ok(), "another fork has its own");
     });
 }
 
