@@ -1,4 +1,4 @@
-//! What a fork's network costs: `cargo run --release -p offshoot-net --example net_cost`, as root.
+//! What a fork's network costs: `cargo run --release -p offshoot-net --example net_cost [DIRECTORY]`, as root.
 //!
 //! It works in a network namespace and a temporary directory of its own. `prepare` can be done ahead of a fork; what a
 //! fork with a prepared link waits for is `adopt` + `ends` (tap and socket for acks) + `open`.
@@ -30,7 +30,9 @@ fn main() {
     // SAFETY: the table of file descriptors stays shared, and there is one thread only.
     unsafe { unshare_unsafe(UnshareFlags::NEWNET | UnshareFlags::NEWNS) }.unwrap();
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
-    let dir = std::env::temp_dir().join(format!("offshoot-net-cost-{}", std::process::id()));
+    // Root's state is in /run, which on most hosts is in memory. Where it is not, another directory can be given.
+    let parent = std::env::args().nth(1).unwrap_or_else(|| "/run".to_owned());
+    let dir = Path::new(&parent).join(format!("offshoot-net-cost-{}", std::process::id()));
     println!(
         "milliseconds, {ROUNDS} forks each; the link is prepared by one thread and taken up by another Network, as across processes"
     );

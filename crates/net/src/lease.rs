@@ -216,7 +216,8 @@ impl Leases {
             };
             if free {
                 let next = serde_json::to_vec(&(index + 1)).unwrap_or_default();
-                state::replace(&cursor, &next).map_err(file("writing", &cursor))?;
+                // In place: torn it is only another beginning, and some file systems write data out at once when a file is replaced.
+                std::fs::write(&cursor, next).map_err(file("writing", &cursor))?;
                 return Ok(address);
             }
         }
