@@ -40,7 +40,7 @@ impl MacAddress {
         Self([0x02, 0x6f, a, b, c, d])
     }
 
-    /// Of both ends of the wire out of the fork's namespace (see [`crate::netlink`]).
+    /// Of both ends of the wire out of the fork's namespace (see `netlink::link::new_wire`).
     pub(crate) fn of_wire(address: Ipv4Addr) -> Self {
         let [a, b, c, d] = address.octets();
         Self([0x06, 0x6f, a, b, c, d])

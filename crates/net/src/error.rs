@@ -90,7 +90,7 @@ pub(crate) fn step(doing: &'static str) -> impl FnOnce(io::Error) -> LinkError {
     }
 }
 
-/// Only so that [`crate::namespace`] can say that no thread was to be had.
+/// Only so that `namespace` can say that no thread was to be had.
 impl From<io::Error> for LinkError {
     fn from(source: io::Error) -> Self {
         step("entering a network namespace")(source)
