@@ -1,7 +1,7 @@
 //! Talking to the kernel over netlink, blocking. The messages are the netlink-packet crates'; what is here is sending and waiting.
 //!
-//! `rtnetlink` would bring an asynchronous runtime along for some ten requests, and starting `ip` or `nft` costs more than a fork may
-//! take for its whole network (several milliseconds each).
+//! `rtnetlink` would bring an asynchronous runtime along for some ten requests, and starting a tool takes longer than a fork may for its whole
+//! network: `nft` 4 ms on the machine where a prepared link is opened in 0.5 ms.
 
 pub(crate) mod link;
 
