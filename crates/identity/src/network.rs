@@ -142,7 +142,8 @@ pub struct Network {
     /// IPv6.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ipv6: Option<Inet<Ipv6Addr>>,
-    /// The card of the gateways, where it is known: the guest then never asks for it, and nobody can give it another.
+    /// The card of the gateways, where it is known: the guest then never asks for it, and nobody can give it another. With IPv6 it is to be
+    /// given: a card without a link's own address can not ask whether a neighbour it knows is still there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gateway_mac: Option<MacAddress>,
     /// DNS servers, in the order in which they are asked. At most [`MAX_DNS`].

@@ -187,7 +187,7 @@ fn what_else_breaks_a_rule_is_refused() {
     let zone = "{\"ack\":\"[fd00::1%2]:1\"}";
     let mut json: serde_json::Value = serde_json::to_value(network()).unwrap();
     json["ack"] = serde_json::from_str::<serde_json::Value>(zone).unwrap()["ack"].clone();
-    assert_eq!(serde_json::from_value::<Network>(json).map(|network| network.check().is_ok()).unwrap_or(false), false);
+    assert!(!serde_json::from_value::<Network>(json).is_ok_and(|network| network.check().is_ok()));
 }
 
 #[test]
