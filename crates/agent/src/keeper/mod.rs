@@ -256,7 +256,6 @@ fn freeze_and_arm(
     let frozen_monotonic_ns = clock(ClockId::Monotonic);
     let quieted = parts
         .handoff
-        .network
         .quiesce(before == Phase::Template)
         .map_err(|error| QuiesceError::Step { step: "taking the network away", reason: error.to_string() })?;
     if quieted.ended > 0 {

@@ -119,12 +119,12 @@ impl Network {
         let mut ended = 0;
         // The other side is told while the card is up; what came in meanwhile ends when nothing can come any more.
         let had_address = inner.has_address(&card)?;
-        if end_connections && had_address {
-            ended += connections::end(&inner.addresses_elsewhere(&card)?)?;
+        if end_connections {
+            ended += inner.end_connections(&card, had_address)?;
         }
         card.down(&mut inner.route)?;
-        if end_connections && had_address {
-            ended += connections::end(&inner.addresses_elsewhere(&card)?)?;
+        if end_connections {
+            ended += inner.end_connections(&card, had_address)?;
         }
         card.clear(&mut inner.route, None)?;
         inner.connections_kept = !end_connections && had_address;
@@ -194,6 +194,15 @@ impl Inner {
         let card = self.card.as_ref().ok_or(NetworkError::NoCard)?;
         card.take_on(&mut self.route, section)?;
         self.announcer.announce(card.index, section).map_err(NetworkError::Announce)
+    }
+
+    /// Ends what has an address of the card. A kernel that can not say what there is will do where the card has none; where it has, that
+    /// is an error.
+    fn end_connections(&mut self, card: &Card, had_address: bool) -> Result<usize, NetlinkError> {
+        match connections::end(&self.addresses_elsewhere(card)?) {
+            Err(_) if !had_address => Ok(0),
+            ended => ended,
+        }
     }
 
     fn has_address(&mut self, card: &Card) -> Result<bool, NetlinkError> {
