@@ -162,7 +162,7 @@ fetch_for() {
 # outside; the templates stay on a disk of the rig's for the next run. Without a filter two machines share the work.
 test_in_rig() {
     kept=$(cache_folder)
-    ls "$kept"/kernel/*/vmlinuz "$kept"/rootfs/debian-*.tar >/dev/null 2>&1 || fetch_for python
+    ls "$kept"/kernel-*/*/vmlinuz "$kept"/rootfs/debian-*.tar >/dev/null 2>&1 || fetch_for python
     tests=$(cargo test -p offshoot-tests --test system --no-run --message-format json \
         | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
     [ -n "$tests" ] || setup_fail "The tests of the whole system could not be built; see the lines above."
@@ -200,7 +200,7 @@ tests_in_one_rig() {
     for path in tests recipes examples docs crates/host/src; do
         set -- --file "$offshoot_source/$path" "$@"
     done
-    for path in "$kept"/kernel "$kept"/rootfs/debian-*.tar; do
+    for path in "$kept"/kernel-* "$kept"/rootfs/debian-*.tar; do
         set -- --file "$path:/var/cache/offshoot${path#"$kept"}" "$@"
     done
     set -- --file "$vmgenid_tree" --env OFFSHOOT_TEST_VMGENID_KERNEL="$vmgenid_kernel" "$@"

@@ -3,7 +3,7 @@
 //! It is pid 1 of the guest. [`boot`] mounts the root file system and prepares the guest; [`control`] answers the host;
 //! [`service`] keeps the recipe's services and the warmed runtime; [`workload`] starts every process that is not the
 //! agent; [`keeper`] freezes the workload before the capture and, in each fork, applies the identity before it thaws
-//! it; [`mailboxes`] lets guest software plant mailboxes of its own.
+//! it; [`network`] gives the guest its address and takes it away; [`mailboxes`] lets guest software plant mailboxes of its own.
 //!
 //! Who calls whom:
 //!
@@ -20,6 +20,7 @@ pub mod console;
 pub mod control;
 pub mod keeper;
 pub mod mailboxes;
+pub mod network;
 pub mod reaper;
 pub mod service;
 pub mod state;

@@ -19,6 +19,8 @@ pub enum Phase {
     Quiesced,
     /// An identity has come and is being applied.
     Applying,
+    /// As before, but that its network could not be applied: frozen, and waiting for the host to have it applied again.
+    NetworkPending,
     /// A fork (or the source of a branch) that runs.
     Running,
     /// An identity could not be applied: nothing was thawed, and nothing will be.
@@ -33,6 +35,7 @@ impl Phase {
             Self::Template => "template",
             Self::Quiesced => "quiesced",
             Self::Applying => "applying",
+            Self::NetworkPending => "network-pending",
             Self::Running => "running",
             Self::Failed => "failed",
         }

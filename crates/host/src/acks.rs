@@ -161,6 +161,10 @@ impl Waiter {
             let reason = reason.chars().map(|character| if character.is_control() { ' ' } else { character }).collect();
             return Err(AckWaitError::Failed { mailbox: ack.mailbox, reason });
         }
+        // No end: the guest waits for its network to be configured again, and says then what became of it.
+        if ack.stage == Stage::NetworkPending {
+            return Ok(());
+        }
         self.received.entry(ack.mailbox.clone()).or_insert_with(|| Received { ack, at: Instant::now() });
         Ok(())
     }

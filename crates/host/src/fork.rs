@@ -375,6 +375,7 @@ impl Plan<'_> {
                 memory: request.limits.memory,
                 cpu_millis: request.limits.cpu_millis,
             },
+            network: None,
         })
     }
 

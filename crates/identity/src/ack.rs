@@ -8,6 +8,15 @@
 //! everything before ` hmac=`, is last. Values are printable ASCII without space and `=`; other bytes of a value are
 //! written as `%XX`. The key of a mailbox is [`AckKey::for_mailbox`]. A line is at most [`MAX_LINE`] bytes. It is
 //! parsed as fields and compared as fields: `mailbox=foobar` is no answer for `foo`.
+//!
+//! Over a network the same line travels in one datagram ([`Ack::to_datagram`]), of at most [`MAX_DATAGRAM`] bytes: without `steps`, and with a reason
+//! cut short. It is sent again until it is confirmed:
+//!
+//! ```text
+//! offshoot-ack-confirmed v=1 of=<the ack's hmac> hmac=…
+//! ```
+//!
+//! There is exactly one confirmation of an ack ([`confirmation`]), signed with the same key; nothing else is one.
 
 use thiserror::Error;
 
@@ -19,13 +28,20 @@ use crate::{
 /// Longest ack line, in bytes, without its newline.
 pub const MAX_LINE: usize = 4096;
 
+/// Longest ack in a datagram, in bytes: with every header it is below the packet size of every link, so it is never in two pieces.
+pub const MAX_DATAGRAM: usize = 1024;
+
 const PREFIX: &str = "offshoot-ack v=1";
+const CONFIRMED: &str = "offshoot-ack-confirmed v=1 of=";
 
 /// How far the guest got.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
     /// Everything was applied.
     Applied,
+    /// Everything up to the network was applied, and that was not: the workload stays frozen until the host has it applied again, or a
+    /// deadline passes. It is no end: `applied` or `failed` follows.
+    NetworkPending,
     /// A step failed; nothing was thawed.
     Failed,
 }
@@ -36,6 +52,7 @@ impl Stage {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Applied => "applied",
+            Self::NetworkPending => "network-pending",
             Self::Failed => "failed",
         }
     }
@@ -63,7 +80,7 @@ pub struct Ack {
     pub fork: ForkId,
     /// What was done, in order.
     pub steps: Vec<Step>,
-    /// Why it failed, for [`Stage::Failed`].
+    /// Why it failed, for [`Stage::Failed`] and [`Stage::NetworkPending`].
     pub reason: Option<String>,
 }
 
@@ -90,6 +107,16 @@ impl Ack {
     /// Steps are kept, and the reason is cut, such that the line stays within [`MAX_LINE`].
     #[must_use]
     pub fn to_line(&self, key: &AckKey) -> String {
+        self.line(key, &self.steps, 200)
+    }
+
+    /// The line for a datagram: without steps, at most [`MAX_DATAGRAM`] bytes.
+    #[must_use]
+    pub fn to_datagram(&self, key: &AckKey) -> String {
+        self.line(key, &[], 60)
+    }
+
+    fn line(&self, key: &AckKey, steps: &[Step], reason_chars: usize) -> String {
         // Put together by hand: a fork's agent does this, where the code of formatting is cold.
         let mut line = String::with_capacity(1024);
         for text in
@@ -98,7 +125,7 @@ impl Ack {
             line.push_str(text);
         }
         let mut before = " steps=";
-        for step in &self.steps {
+        for step in steps {
             let start = line.len();
             line.push_str(before);
             encode(&step.name, &mut line);
@@ -113,7 +140,7 @@ impl Ack {
             before = ",";
         }
         if let Some(reason) = &self.reason {
-            let short: String = reason.chars().take(200).collect();
+            let short: String = reason.chars().take(reason_chars).collect();
             let mut text = String::new();
             encode(&short, &mut text);
             text.truncate(text.len().min(900));
@@ -124,9 +151,7 @@ impl Ack {
             line.push_str(" reason=");
             line.push_str(&text);
         }
-        let tag = key.sign(line.as_bytes());
-        line.push_str(" hmac=");
-        tag.iter().for_each(|&byte| push_hex(byte, b"0123456789abcdef", &mut line));
+        sign(&mut line, key);
         line
     }
 
@@ -178,8 +203,29 @@ impl Ack {
     }
 }
 
+/// The one confirmation of an ack, signed with the same key. `None` if `line` does not end as an ack does; whether it is a good one is for
+/// [`Ack::parse`] to say.
+#[must_use]
+pub fn confirmation(line: &[u8], key: &AckKey) -> Option<String> {
+    let line = str::from_utf8(line).ok()?;
+    let (_, tag) = line.rsplit_once(" hmac=")?;
+    unhex(tag)?;
+    let mut confirmation = [CONFIRMED, tag].concat();
+    sign(&mut confirmation, key);
+    Some(confirmation)
+}
+
+fn sign(line: &mut String, key: &AckKey) {
+    let tag = key.sign(line.as_bytes());
+    line.push_str(" hmac=");
+    tag.iter().for_each(|&byte| push_hex(byte, b"0123456789abcdef", line));
+}
+
 fn parse_stage(value: &str) -> Result<Stage, AckError> {
-    [Stage::Applied, Stage::Failed].into_iter().find(|stage| stage.as_str() == value).ok_or(AckError::Field("stage"))
+    [Stage::Applied, Stage::NetworkPending, Stage::Failed]
+        .into_iter()
+        .find(|stage| stage.as_str() == value)
+        .ok_or(AckError::Field("stage"))
 }
 
 fn parse_steps(value: &str) -> Result<Vec<Step>, AckError> {

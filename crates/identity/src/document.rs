@@ -9,11 +9,15 @@ use thiserror::Error;
 use crate::{
     key::AckKey,
     name::{EnvName, ForkId, ForkName, SecretName, Tag},
+    network::{Network, NetworkError},
     secret::Secret,
 };
 
-/// The document's format. A guest refuses any other.
+/// The format of a document without a network section.
 pub const FORMAT: u32 = 1;
+
+/// The format of a document with a network section: one of format 1, and the section. A guest refuses formats that it does not know.
+pub const FORMAT_NETWORK: u32 = 2;
 
 /// Entropy a fork is given, in bytes. The kernel's generator takes 32; twice that leaves no doubt.
 pub const ENTROPY_LEN: usize = 64;
@@ -100,7 +104,7 @@ pub struct Limits {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Document {
-    /// [`FORMAT`].
+    /// What [`format_for`] says of the network section.
     pub format: u32,
     /// What to do.
     pub action: Action,
@@ -127,6 +131,15 @@ pub struct Document {
     /// Limits for the workload.
     #[serde(default)]
     pub limits: Limits,
+    /// Who the fork is on the wire; absent for a fork without a network.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<Network>,
+}
+
+/// The format of a document with this network section, or with none.
+#[must_use]
+pub fn format_for(network: Option<&Network>) -> u32 {
+    if network.is_some() { FORMAT_NETWORK } else { FORMAT }
 }
 
 /// Why a document was refused.
@@ -147,7 +160,7 @@ pub enum DocumentError {
         at: usize,
     },
     /// Another format.
-    #[error("the identity document has format {0}; this build knows format {FORMAT}")]
+    #[error("the identity document has format {0}; this build knows {FORMAT} and {FORMAT_NETWORK}")]
     Format(u32),
     /// A field does not follow its rule.
     #[error("the identity document's {field} is not valid: {rule}")]
@@ -157,6 +170,9 @@ pub enum DocumentError {
         /// Its rule.
         rule: &'static str,
     },
+    /// A field of the network section does not follow its rule.
+    #[error("the identity document's network: {0}")]
+    Network(#[from] NetworkError),
 }
 
 impl Document {
@@ -184,8 +200,14 @@ impl Document {
     /// The first field that breaks its rule.
     pub fn check(&self) -> Result<(), DocumentError> {
         let field = |field, rule| Err(DocumentError::Field { field, rule });
-        if self.format != FORMAT {
+        if !matches!(self.format, FORMAT | FORMAT_NETWORK) {
             return Err(DocumentError::Format(self.format));
+        }
+        if self.format != format_for(self.network.as_ref()) {
+            return field("network", "there in a document of format 2, absent in one of format 1");
+        }
+        if let Some(network) = &self.network {
+            network.check()?;
         }
         if !is_hex(&self.fork.machine_id, 32) {
             return field("machine_id", "32 lower-case hexadecimal digits");

@@ -9,7 +9,7 @@
 //! | field | form |
 //! |---|---|
 //! | magic | `OFFD` |
-//! | format | 4 bytes, [`FORMAT`] |
+//! | format | 4 bytes: 1 ([`FORMAT`]) without a network section, 2 ([`FORMAT_NETWORK`]) with one |
 //! | action | 4 bytes: 1 become, 2 continue |
 //! | wall clock | 8 bytes |
 //! | limits | three times (pids, memory, CPU): 4 bytes 0, or 4 bytes 1 and 8 bytes |
@@ -17,24 +17,28 @@
 //! | entropy, ack key | bytes each |
 //! | labels, environment, secrets | 4 bytes: how many; then name (text) and value (text; a secret's: bytes) of each, names strictly ascending |
 //! | files | 4 bytes: how many; then path (text), mode (4 bytes) and content (bytes) of each |
+//! | network | format 2 only: the section (see [`crate::network`]) |
 //!
 //! Nothing follows. A document has exactly one form.
+//!
+//! A guest is captured with the reader of its day. One that knows only format 1 goes on taking every document that has no network section, whose
+//! bytes are the same as ever; what it would have to apply and can not is refused by its format's number, with a text that says so.
 
 use std::collections::BTreeMap;
 
 use zeroize::Zeroizing;
 
 use crate::{
-    AckKey, Action, ClockNanos, Document, DocumentError, EnvName, File, ForkId, ForkIdentity, ForkName, Limits, Secret,
-    SecretName, Tag,
-    document::{FORMAT, MAX_ENTRIES},
+    AckKey, Action, ClockNanos, Document, DocumentError, EnvName, File, ForkId, ForkIdentity, ForkName, Limits,
+    Network, Secret, SecretName, Tag,
+    document::{FORMAT, FORMAT_NETWORK, MAX_ENTRIES},
 };
 
 const MAGIC: [u8; 4] = *b"OFFD";
 
 /// The bytes end too early, or are none of the known ones.
 #[derive(Debug)]
-struct Malformed;
+pub(crate) struct Malformed;
 
 #[derive(Debug)]
 enum Refused {
@@ -76,6 +80,9 @@ impl Document {
             push_u32(&mut bytes, file.mode);
             push(&mut bytes, file.content.expose());
         }
+        if let Some(network) = &self.network {
+            network.write(&mut bytes);
+        }
         Secret::new(bytes)
     }
 
@@ -112,20 +119,23 @@ impl Document {
         len += self.labels.iter().map(|(k, v)| pair(k.len(), v.len())).sum::<usize>();
         len += self.env.iter().map(|(k, v)| pair(k.as_str().len(), v.len())).sum::<usize>();
         len += self.secrets.iter().map(|(k, v)| pair(k.as_str().len(), v.expose().len())).sum::<usize>();
+        // 160 is what a network section's fields take at most besides its domains.
+        len += self.network.iter().flat_map(|network| &network.search).map(|domain| domain.len() + 4).sum::<usize>();
+        len += if self.network.is_some() { 160 } else { 0 };
         len + self.files.iter().map(|file| pair(file.path.len(), file.content.expose().len())).sum::<usize>()
     }
 }
 
-fn push_u32(bytes: &mut Vec<u8>, number: u32) {
+pub(crate) fn push_u32(bytes: &mut Vec<u8>, number: u32) {
     bytes.extend_from_slice(&number.to_le_bytes());
 }
 
 /// What is longer than 4 GiB fits into no mailbox; its length is then wrong, but never read.
-fn push_len(bytes: &mut Vec<u8>, len: usize) {
+pub(crate) fn push_len(bytes: &mut Vec<u8>, len: usize) {
     push_u32(bytes, u32::try_from(len).unwrap_or(u32::MAX));
 }
 
-fn push(bytes: &mut Vec<u8>, field: &[u8]) {
+pub(crate) fn push(bytes: &mut Vec<u8>, field: &[u8]) {
     push_len(bytes, field.len());
     bytes.extend_from_slice(field);
 }
@@ -138,8 +148,8 @@ fn push_map<'a>(bytes: &mut Vec<u8>, len: usize, entries: impl Iterator<Item = (
     }
 }
 
-struct Reader<'a> {
-    rest: &'a [u8],
+pub(crate) struct Reader<'a> {
+    pub(crate) rest: &'a [u8],
 }
 
 impl<'a> Reader<'a> {
@@ -148,7 +158,7 @@ impl<'a> Reader<'a> {
             return Err(Malformed.into());
         }
         let format = self.u32()?;
-        if format != FORMAT {
+        if !matches!(format, FORMAT | FORMAT_NETWORK) {
             return Err(Refused::Format(format));
         }
         let action = match self.u32()? {
@@ -179,11 +189,25 @@ impl<'a> Reader<'a> {
             let (path, mode) = (self.text()?.to_owned(), self.u32()?);
             files.push(File { path, mode, content: Secret::new(self.bytes()?.to_vec()) });
         }
+        let network = if format == FORMAT_NETWORK { Some(Network::read(self)?) } else { None };
         if !self.rest.is_empty() {
             return Err(Malformed.into());
         }
         let ack_key = AckKey::new(*key);
-        Ok(Document { format, action, fork, labels, env, secrets, files, wall_clock, entropy, ack_key, limits })
+        Ok(Document {
+            format,
+            action,
+            fork,
+            labels,
+            env,
+            secrets,
+            files,
+            wall_clock,
+            entropy,
+            ack_key,
+            limits,
+            network,
+        })
     }
 
     #[inline(never)]
@@ -193,8 +217,22 @@ impl<'a> Reader<'a> {
         Ok(taken)
     }
 
+    /// So many bytes, without a length before them.
+    pub(crate) fn array<const N: usize>(&mut self) -> Result<[u8; N], Malformed> {
+        self.take(N)?.try_into().map_err(|_| Malformed)
+    }
+
+    /// 1 for what follows, 0 for what does not.
+    pub(crate) fn flag(&mut self) -> Result<bool, Malformed> {
+        match self.u32()? {
+            0 => Ok(false),
+            1 => Ok(true),
+            _ => Err(Malformed),
+        }
+    }
+
     #[inline(never)]
-    fn u32(&mut self) -> Result<u32, Malformed> {
+    pub(crate) fn u32(&mut self) -> Result<u32, Malformed> {
         Ok(u32::from_le_bytes(self.take(4)?.try_into().map_err(|_| Malformed)?))
     }
 
@@ -203,25 +241,21 @@ impl<'a> Reader<'a> {
     }
 
     fn limit(&mut self) -> Result<Option<u64>, Malformed> {
-        match self.u32()? {
-            0 => Ok(None),
-            1 => self.u64().map(Some),
-            _ => Err(Malformed),
-        }
+        if self.flag()? { self.u64().map(Some) } else { Ok(None) }
     }
 
     #[inline(never)]
-    fn bytes(&mut self) -> Result<&'a [u8], Malformed> {
+    pub(crate) fn bytes(&mut self) -> Result<&'a [u8], Malformed> {
         let len = usize::try_from(self.u32()?).map_err(|_| Malformed)?;
         self.take(len)
     }
 
     #[inline(never)]
-    fn text(&mut self) -> Result<&'a str, Malformed> {
+    pub(crate) fn text(&mut self) -> Result<&'a str, Malformed> {
         str::from_utf8(self.bytes()?).map_err(|_| Malformed)
     }
 
-    fn count(&mut self) -> Result<usize, Malformed> {
+    pub(crate) fn count(&mut self) -> Result<usize, Malformed> {
         let count = usize::try_from(self.u32()?).map_err(|_| Malformed)?;
         if count <= MAX_ENTRIES { Ok(count) } else { Err(Malformed) }
     }

@@ -1,7 +1,10 @@
 //! The ack line: parsed as fields, and believed only when it is signed.
 #![allow(clippy::unwrap_used)]
 
-use offshoot_identity::{Ack, AckError, AckKey, ForkId, MailboxName, Stage, Step, ack::MAX_LINE};
+use offshoot_identity::{
+    Ack, AckError, AckKey, ForkId, MailboxName, Stage, Step,
+    ack::{MAX_DATAGRAM, MAX_LINE, confirmation},
+};
 use proptest::prelude::*;
 
 fn name(text: &str) -> MailboxName {
@@ -114,6 +117,35 @@ fn a_first_step_too_long_for_the_line_is_left_out_whole() {
     let step = Step { name: "hook".into(), outcome: "x".repeat(MAX_LINE), micros: 1 };
     let line = Ack { steps: vec![step], ..ack("foo") }.to_line(&key().for_mailbox(&name("foo")));
     assert_eq!(parse(line.as_bytes()).unwrap().steps, []);
+}
+
+#[test]
+fn n2_the_longest_ack_fits_a_datagram_and_is_believed() {
+    let step = Step { name: "network".into(), outcome: "set".into(), micros: 1 };
+    for stage in [Stage::Applied, Stage::NetworkPending, Stage::Failed] {
+        let reason = Some("\u{1F600}".repeat(5_000));
+        let long = Ack { stage, steps: vec![step.clone(); 200], reason, ..ack(&"m".repeat(64)) };
+        let line = long.to_datagram(&key().for_mailbox(&long.mailbox));
+        assert!(line.len() <= MAX_DATAGRAM, "{}", line.len());
+        let read = parse(line.as_bytes()).unwrap();
+        assert_eq!((read.stage, read.fork, read.steps), (stage, long.fork, Vec::new()));
+    }
+}
+
+#[test]
+fn n2_an_ack_has_one_confirmation_and_it_is_no_ack() {
+    let key = key().for_mailbox(&name("foo"));
+    let line = ack("foo").to_datagram(&key);
+    let confirmed = confirmation(line.as_bytes(), &key).unwrap();
+    assert!(confirmed.starts_with("offshoot-ack-confirmed v=1 of="));
+    assert!(parse(confirmed.as_bytes()).is_err(), "what one side says can not be sent back as the other's");
+    // Another fork, another key, another stage: another confirmation.
+    let other = Ack { fork: ForkId::parse("f".repeat(20).as_str()).unwrap(), ..ack("foo") }.to_datagram(&key);
+    assert_ne!(confirmation(other.as_bytes(), &key), Some(confirmed.clone()));
+    assert_ne!(confirmation(line.as_bytes(), &AckKey::new([9; 32])), Some(confirmed));
+    for bad in [&b""[..], b"offshoot-ack v=1", b"x hmac=00", b"\xff hmac="] {
+        assert_eq!(confirmation(bad, &key), None);
+    }
 }
 
 proptest! {

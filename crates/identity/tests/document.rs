@@ -28,6 +28,7 @@ fn document() -> Document {
         entropy: Secret::new(vec![3; ENTROPY_LEN]),
         ack_key: AckKey::new([4; 32]),
         limits: Limits { pids: Some(100), memory: None, cpu_millis: Some(500) },
+        network: None,
     }
 }
 
@@ -91,7 +92,7 @@ fn bytes_have_one_form() {
 
 #[test]
 fn what_breaks_a_rule_is_refused() {
-    assert_eq!(refused(|document| document.format = 2), DocumentError::Format(2));
+    assert_eq!(refused(|document| document.format = 3), DocumentError::Format(3));
     let changes: [fn(&mut Document); 11] = [
         |document| document.fork.machine_id = "0123456789ABCDEF0123456789ABCDEF".into(),
         |document| document.fork.machine_id.push('0'),

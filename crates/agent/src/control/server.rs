@@ -8,15 +8,17 @@ use std::{
 
 use guest_api::proto::{
     EvalReply, EvalRequest, ExecInput, ExecOutput, LogChunk, LogsRequest, PingReply, PingRequest, PlantedMailbox,
-    QuiesceReply, QuiesceRequest, WarmEvent, WarmRequest, agent_server::Agent,
+    QuiesceReply, QuiesceRequest, ReconfigureNetworkReply, ReconfigureNetworkRequest, Step, WarmEvent, WarmRequest,
+    agent_server::Agent,
 };
+use identity::Network;
 use tokio::sync::mpsc;
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::exec;
 use crate::{
-    keeper,
+    keeper::{self, ReconfigureError},
     state::{AgentState, Phase},
 };
 
@@ -57,6 +59,7 @@ impl Agent for Service {
             state: state.phase().as_str().into(),
             uptime_ms: u64::try_from(state.booted().elapsed().as_millis()).unwrap_or(u64::MAX),
             wall_clock_ns: u64::try_from(wall.as_nanos()).unwrap_or(u64::MAX),
+            network_ack: state.keeper().ack_outcome().as_str().into(),
         }))
     }
 
@@ -101,6 +104,25 @@ impl Agent for Service {
             frozen_monotonic_ns: quiesced.frozen_monotonic_ns,
             warnings: quiesced.warnings,
         }))
+    }
+
+    async fn reconfigure_network(
+        &self,
+        request: Request<ReconfigureNetworkRequest>,
+    ) -> Result<Response<ReconfigureNetworkReply>, Status> {
+        let ReconfigureNetworkRequest { fork_id, section } = request.into_inner();
+        let section = if section.is_empty() { None } else { Some(Network::from_bytes(&section)) };
+        let section = section.transpose().map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let state = Arc::clone(&self.state);
+        let steps = tokio::task::spawn_blocking(move || keeper::reconfigure(&state, &fork_id, section))
+            .await
+            .map_err(|error| Status::internal(error.to_string()))?
+            .map_err(|error| match error {
+                ReconfigureError::Step(_) => Status::aborted(error.to_string()),
+                _ => Status::failed_precondition(error.to_string()),
+            })?;
+        let steps = steps.into_iter().map(|step| Step { name: step.name, outcome: step.outcome, micros: step.micros });
+        Ok(Response::new(ReconfigureNetworkReply { steps: steps.collect() }))
     }
 
     type ExecStream = Replies<ExecOutput>;

@@ -8,9 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use identity::{Action, ClockNanos, Document, Step};
+use identity::{AckKey, Action, ClockNanos, Document, Step};
 
-use super::{Parts, Prepared, identity_dir, kernel};
+use super::{Parts, Prepared, identity_dir, kernel, network};
 use crate::state::{AgentState, Identity, Phase};
 
 /// What was done, in order.
@@ -57,6 +57,7 @@ pub(super) fn until_thaw(
     parts: &Parts,
     prepared: &mut Prepared,
     document: &mut Document,
+    key: &AckKey,
     captured: Instant,
     log: &mut Log,
 ) -> Result<(), Failed> {
@@ -69,9 +70,10 @@ pub(super) fn until_thaw(
     log.step("entropy", || parts.kernel.add_entropy(document.entropy.expose()))?;
     document.entropy.wipe();
     match document.action {
-        Action::Become => take_on(state, parts, prepared, document, log)?,
+        Action::Become => take_on(state, parts, prepared, document, key, log)?,
         Action::Continue => {
             log.step("files", || std::mem::take(&mut prepared.blanks).put_back(parts).map(|()| "kept".into()))?;
+            parts.handoff.restore(log)?;
         }
     }
     let started = Instant::now();
@@ -94,6 +96,7 @@ fn take_on(
     parts: &Parts,
     prepared: &mut Prepared,
     document: &Document,
+    key: &AckKey,
     log: &mut Log,
 ) -> Result<(), Failed> {
     let fork = &document.fork;
@@ -113,6 +116,7 @@ fn take_on(
         Ok("set".into())
     })?;
     log.step("boot-id", || parts.kernel.set_boot_id(&fork.boot_id))?;
+    network::take_on(state, parts, blanks.resolv_conf(), document, key, log)?;
     let before = state.identity().map(|identity| identity.limits).unwrap_or_default();
     log.step("limits", || kernel::set_limits(&parts.cgroup, before, document.limits))?;
     log.step("identity-dir", || -> io::Result<_> {

@@ -4,6 +4,7 @@ mod ack_port;
 mod apply;
 mod identity_dir;
 mod kernel;
+mod network;
 mod pages;
 mod prepare;
 mod resume;
@@ -29,6 +30,7 @@ use thiserror::Error;
 
 pub use self::{
     ack_port::AckPort,
+    network::{ReconfigureError, reconfigure},
     pages::{Pages, fresh_nonce},
 };
 use self::{kernel::Kernel, root::Root};
@@ -59,6 +61,7 @@ struct Parts {
     /// The workload's `cgroup.freeze`.
     freezer: OwnedFd,
     ack: AckPort,
+    handoff: network::Handoff,
     /// The kernel's timer, where it can be held.
     tick: Option<tick::Tick>,
     /// The agent's own mailbox.
@@ -152,6 +155,7 @@ impl Keeper {
                 Mode::empty(),
             )?,
             ack: AckPort::new(ack_port)?,
+            handoff: network::Handoff::open()?,
             tick: tick::Tick::open(),
             own: Mutex::new(Pages::new(MAX_CAPACITY)?),
             prepared: Mutex::default(),
@@ -218,6 +222,9 @@ pub fn quiesce(state: &Arc<AgentState>, timeout: Duration) -> Result<Quiesced, Q
             if let Err(error) = blanks.put_back(parts) {
                 console::warn(&format!("the host's name could not be written back: {error}"));
             }
+            if let Err(error) = parts.handoff.network.restore() {
+                console::warn(&format!("the network could not be given back after a failed quiesce: {error}"));
+            }
             // Thawing what is not frozen does nothing.
             if let Err(error) = parts.cgroup.thaw() {
                 console::warn(&format!("the workload could not be thawed after a failed quiesce: {error}"));
@@ -247,6 +254,13 @@ fn freeze_and_arm(
     }
     let frozen_wall_ns = clock(ClockId::Realtime);
     let frozen_monotonic_ns = clock(ClockId::Monotonic);
+    let quieted = parts
+        .handoff
+        .quiesce(before == Phase::Template)
+        .map_err(|error| QuiesceError::Step { step: "taking the network away", reason: error.to_string() })?;
+    if quieted.ended > 0 {
+        warnings.push(format!("{} connections to the outside were ended", quieted.ended));
+    }
     {
         let mut prepared = lock(&parts.prepared);
         prepare::look_ahead(parts, &mut prepared);

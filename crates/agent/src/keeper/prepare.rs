@@ -6,7 +6,7 @@ use super::{
     Parts, Prepared, apply,
     root::{Root, fill},
 };
-use crate::{cgroup, console};
+use crate::{cgroup, console, network::RESOLV_CONF};
 
 /// Files that a new identity fills: made, opened and empty before the capture, because a first look at a path, and a first
 /// change of a length, are among the slowest things a fork could do. What could not be opened is written as any other
@@ -15,14 +15,28 @@ use crate::{cgroup, console};
 pub(super) struct Blanks {
     own: [Option<Own>; 3],
     identity: Vec<(String, OwnedFd)>,
+    /// [`RESOLV_CONF`], where there is a card.
+    resolv_conf: Option<Own>,
 }
 
 /// One that carries the machine's own name or id.
 #[derive(Debug)]
-struct Own {
+pub(super) struct Own {
     file: OwnedFd,
     /// What was in it.
     content: Vec<u8>,
+}
+
+impl Own {
+    /// Gives the file its content.
+    pub(super) fn fill(&self, content: &str) -> io::Result<()> {
+        fill(&self.file, content.as_bytes())
+    }
+
+    /// Gives the file what it had.
+    pub(super) fn put_back(&self) -> io::Result<()> {
+        fill(&self.file, &self.content)
+    }
 }
 
 const OWN: [(&str, u32); 3] = [("/etc/hostname", 0o644), ("/etc/hosts", 0o644), ("/etc/machine-id", 0o444)];
@@ -42,7 +56,8 @@ impl Blanks {
         };
         // Later ones replace the files there are.
         let identity = if first_identity { parts.identity.blanks() } else { Vec::new() };
-        Self { own: OWN.map(open), identity }
+        let resolv_conf = if parts.handoff.network.has_card() { open((RESOLV_CONF, 0o644)) } else { None };
+        Self { own: OWN.map(open), identity, resolv_conf }
     }
 
     pub(super) fn hostname(&self, root: &Root, content: &str) -> io::Result<()> {
@@ -57,6 +72,11 @@ impl Blanks {
         self.write(2, root, content)
     }
 
+    /// [`RESOLV_CONF`], for the network's step.
+    pub(super) fn resolv_conf(&self) -> Option<&Own> {
+        self.resolv_conf.as_ref()
+    }
+
     /// Those of the identity directory.
     pub(super) fn identity(&self) -> &[(String, OwnedFd)] {
         &self.identity
@@ -64,15 +84,15 @@ impl Blanks {
 
     fn write(&self, which: usize, root: &Root, content: &str) -> io::Result<()> {
         match &self.own[which] {
-            Some(own) => fill(&own.file, content.as_bytes()),
+            Some(own) => own.fill(content),
             None => root.write(OWN[which].0, OWN[which].1, content.as_bytes()),
         }
     }
 
     /// Everything as it was.
     pub(super) fn put_back(self, parts: &Parts) -> io::Result<()> {
-        for own in self.own.iter().flatten() {
-            fill(&own.file, &own.content)?;
+        for own in self.own.iter().flatten().chain(&self.resolv_conf) {
+            own.put_back()?;
         }
         parts.identity.remove_blanks(&self.identity)
     }

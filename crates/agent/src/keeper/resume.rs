@@ -153,7 +153,7 @@ fn answer(state: &Arc<AgentState>, parts: &Parts, captured: Instant) {
     let mut log = Log::new();
     let mut document = None;
     let mut announce = false;
-    let result = apply(state, parts, payload, [captured, started], &mut log, &mut document, &mut announce);
+    let result = apply(state, parts, payload, &key, [captured, started], &mut log, &mut document, &mut announce);
     let fork = document.as_ref().map(|document: &Document| document.fork.id.clone());
     let ack = Ack {
         stage: if result.is_ok() { Stage::Applied } else { Stage::Failed },
@@ -167,6 +167,7 @@ fn answer(state: &Arc<AgentState>, parts: &Parts, captured: Instant) {
         console::warn(&format!("the identity was not applied: {reason}"));
     }
     send(parts, &ack, &key);
+    parts.send_datagram(document.as_ref(), &ack, &key);
     if announce && let Some(identity) = state.identity() {
         state.supervisor().after_ack(&identity);
     }
@@ -183,10 +184,12 @@ fn answer(state: &Arc<AgentState>, parts: &Parts, captured: Instant) {
     }
 }
 
+#[allow(clippy::too_many_arguments)] // What a failure leaves behind is the caller's.
 fn apply(
     state: &Arc<AgentState>,
     parts: &Parts,
     payload: Secret,
+    key: &AckKey,
     [captured, started]: [Instant; 2],
     log: &mut Log,
     kept: &mut Option<Document>,
@@ -199,7 +202,7 @@ fn apply(
     log.steps.push(Step { name: "document".into(), outcome: "taken+wiped".into(), micros });
     let make_keys = {
         let mut prepared = lock(&parts.prepared);
-        apply::until_thaw(state, parts, &mut prepared, document, captured, log)?;
+        apply::until_thaw(state, parts, &mut prepared, document, key, captured, log)?;
         prepared.wants_host_keys && document.action == Action::Become
     };
     // What follows waits for others: they run while this thread sleeps, and it goes on as soon as they have answered.
@@ -257,6 +260,16 @@ pub(super) fn right_of_way(state: &AgentState, on: bool) {
     if let Some(runtime) = state.supervisor().first_in_line() {
         set_real_time(runtime.pid(), i32::from(on));
     }
+}
+
+/// While the keeper waits for the host in the middle of an identity, everybody else runs.
+pub(super) fn let_others_run(state: &AgentState, parts: &Parts, on: bool) {
+    match &parts.tick {
+        Some(tick) if on => tick.release(),
+        Some(tick) => tick.hold(),
+        None => {}
+    }
+    right_of_way(state, !on);
 }
 
 fn set_real_time(thread: i32, priority: i32) {

@@ -20,9 +20,10 @@ use crate::progress::Progress;
 
 /// The package that depends on the newest kernel for virtual machines.
 const PACKAGE: &str = "linux-image-cloud-amd64";
-pub(crate) const SHELF: &str = "kernel";
+/// Its number changes with [`WANTED`]: an entry has the modules of its day.
+pub(crate) const SHELF: &str = "kernel-2";
 /// What a guest of ours may need. A kernel that has one built in, or lacks it, simply has no such file.
-const WANTED: [&str; 10] = [
+const WANTED: [&str; 12] = [
     "virtio_ring",
     "virtio",
     "virtio_mmio",
@@ -32,7 +33,11 @@ const WANTED: [&str; 10] = [
     "crc32c_generic",
     "ext4",
     "overlay",
+    // With what it depends on: failover, net_failover.
     "virtio_net",
+    // With inet_diag: a capture ends the connections that have the template's address (CONFIG_INET_DIAG_DESTROY).
+    "tcp_diag",
+    "udp_diag",
     "virtio_rng",
 ];
 /// No module of any kernel we know is near this size.

@@ -1,0 +1,96 @@
+//! Removing what was made for a fork.
+
+use std::io;
+
+use identity::ForkId;
+
+use crate::{
+    error::{LinkError, step},
+    host_table,
+    link::Network,
+    named_net, namespace,
+    netlink::{Socket, link},
+    ports,
+    record::{self, LinkRecord},
+    state::{self, Locked},
+};
+
+impl Network {
+    /// Removes everything of a fork that is there. `lock` is that of its link.
+    ///
+    /// Every part is tried, whatever becomes of the others. The record goes last, and only if all went.
+    pub(crate) fn remove_parts(&self, id: &ForkId, lock: &Locked) -> Result<(), LinkError> {
+        let record = LinkRecord::read(&self.state, id);
+        let known = record.as_ref().ok().and_then(Option::as_ref);
+        let policy = known.and_then(|record| record.policy.as_ref());
+        let shares = policy.is_some_and(|policy| policy.net.is_some() || !policy.forwards.is_empty());
+        let results = [
+            if shares || record.is_err() {
+                self.leave_shared(id, policy.and_then(|policy| policy.net.as_ref()))
+            } else {
+                Ok(())
+            },
+            // First the way out: what still runs inside reaches nothing any more.
+            remove_wire(&record::wire(id)).map_err(step("removing the wire")),
+            namespace::unmake(&record::namespace(&self.state, id)).map_err(step("removing the network namespace")),
+            match known {
+                Some(record) => self.leases.give_back(&record.lease()),
+                // Without a readable record the owner's name is all there is.
+                None => self.give_back_all(id),
+            }
+            .map_err(LinkError::from),
+        ];
+        results.into_iter().collect::<Result<(), _>>()?;
+        let doing = "removing the record";
+        state::remove(&record::path(&self.state, id)).map_err(step(doing))?;
+        debug_assert!(lock.is_still(&record::lock_path(&self.state, id)).unwrap_or(true), "the lock is held");
+        state::remove(&record::lock_path(&self.state, id)).map_err(step(doing))
+    }
+
+    /// Gives up the ports and the net of a link that stays.
+    pub(crate) fn give_up_shared(&self, record: &LinkRecord) -> Result<(), LinkError> {
+        let Some(policy) = &record.policy else { return Ok(()) };
+        if policy.net.is_some() {
+            let doing = "leaving the named net";
+            let group = link::set_group(&record.wire(), named_net::group(0));
+            Socket::route().and_then(|mut socket| socket.carry_out(vec![group])).map_err(step(doing))?;
+        }
+        if policy.net.is_some() || !policy.forwards.is_empty() {
+            self.leave_shared(&record.id, policy.net.as_ref())
+        } else {
+            Ok(())
+        }
+    }
+
+    fn give_back_all(&self, id: &ForkId) -> Result<(), crate::lease::LeaseError> {
+        let held = self.leases.held()?;
+        let mut mine = held.into_iter().filter(|(_, (owner, _))| owner == id);
+        mine.try_for_each(|(address, _)| self.leases.give_back_address(address, id))
+    }
+
+    fn leave_shared(&self, id: &ForkId, net: Option<&crate::policy::NetName>) -> Result<(), LinkError> {
+        let doing = "removing forwarded ports";
+        let _lock = self.state.lock_shared_parts().map_err(step(doing))?;
+        ports::release(&self.state, id).map_err(step(doing))?;
+        let Some(net) = net else { return Ok(()) };
+        let doing = "leaving the named net";
+        let Some(number) = named_net::forget_unused(&self.state, net, id).map_err(step(doing))? else { return Ok(()) };
+        match host_table::remove_net(number).commit() {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(step(doing)(error)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Removes a wire, if there is one and it is ours. One of that name with another group is somebody else's.
+fn remove_wire(name: &str) -> io::Result<()> {
+    let mut socket = Socket::route()?;
+    let Some(found) = link::find(&mut socket, name)? else { return Ok(()) };
+    if !named_net::is_ours(found.group) {
+        return Ok(());
+    }
+    match socket.carry_out(vec![link::delete(found.index)]) {
+        Err(error) if error.raw_os_error() != Some(rustix::io::Errno::NODEV.raw_os_error()) => Err(error),
+        _ => Ok(()),
+    }
+}
