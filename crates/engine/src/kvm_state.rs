@@ -43,7 +43,7 @@ pub(crate) const BOOT_LIMIT: Duration = Duration::from_secs(60);
 pub(crate) fn spec<'a>(kernel: &'a Path, dir: &'a Path, memory_file: &'a Path) -> BootSpec<'a> {
     BootSpec {
         dir,
-        machine: Machine { memory_bytes: 256 << 20, vcpus: 1 },
+        machine: Machine { memory_bytes: 256 << 20, vcpus: 1, network: false },
         kernel,
         initramfs: Path::new(""),
         // Read as a disk, never mounted: any file does.

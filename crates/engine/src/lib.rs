@@ -25,7 +25,7 @@ pub use ack_stream::AckStream;
 pub use kvm_state::{KvmState, obstacle};
 pub use machine_dir::{CONSOLE, CONTROL_CHANNELS, LOG, MONITOR_SOCKET};
 pub use process::ProcessRef;
-pub use spec::{Accel, BootSpec, Capabilities, Confinement, EngineInfo, EngineName, Machine, RestoreSpec};
+pub use spec::{Accel, BootSpec, Capabilities, Confinement, EngineInfo, EngineName, Machine, NetworkEnd, RestoreSpec};
 pub use vm::{BootedVm, DeliverError, Letter, PausedVm, RunningVm, SealedVm, SpareVm};
 
 use std::{

@@ -75,6 +75,18 @@ pub struct Machine {
     pub memory_bytes: u64,
     /// Number of virtual CPUs.
     pub vcpus: u32,
+    /// Whether it has a network card. Machines of older templates have none.
+    #[serde(default)]
+    pub network: bool,
+}
+
+/// What a fork's network card is connected to. Without one, what the guest sends is lost.
+#[derive(Debug, Clone, Copy)]
+pub enum NetworkEnd<'a> {
+    /// A tap (`IFF_TAP | IFF_NO_PI`, without virtio headers): each read and each write is one frame.
+    Tap(BorrowedFd<'a>),
+    /// A stream socket: each frame has its length before it, 4 bytes, big endian (what QEMU's `-netdev stream` and passt speak).
+    Stream(BorrowedFd<'a>),
 }
 
 /// With what rights the machine's process runs.
@@ -123,6 +135,8 @@ pub struct RestoreSpec<'a> {
     /// What [`Engine::pages_to_have_ready`](crate::Engine::pages_to_have_ready) said of an earlier fork of the template, if
     /// such a file is there.
     pub pages_file: Option<&'a Path>,
+    /// What its network card is connected to. Only for a machine that has one.
+    pub network: Option<NetworkEnd<'a>>,
     /// Rights of the process.
     pub confinement: Confinement<'a>,
 }

@@ -240,6 +240,7 @@ impl Plan<'_> {
             memory_file: &self.template.memory_file(),
             state_file: &self.template.state_file(),
             pages_file: pages.as_deref(),
+            network: None,
             confinement: Confinement { cgroups: &procs, ..confine::of_fork(&id, &manifest.id) },
         };
         let paused = match spare.0.as_ref().map(|process| self.engine.adopt(&spec, process)) {

@@ -207,6 +207,7 @@ fn start_one(home: &Home, engine: &dyn Engine, template: &Template) -> Result<()
         memory_file: &template.memory_file(),
         state_file: &template.state_file(),
         pages_file: pages::file(home, template).as_deref(),
+        network: None,
         confinement: Confinement { cgroups: &[], ..confine::of_fork(&id, &manifest.id) },
     })?;
     let process = spare.process().clone();

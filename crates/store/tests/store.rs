@@ -20,7 +20,7 @@ fn tag(text: &str) -> Tag {
 fn contents() -> Contents {
     Contents {
         engine: EngineInfo { name: EngineName::Qemu, version: "7.2.22".into(), accel: Accel::Tcg },
-        machine: Machine { memory_bytes: 8192, vcpus: 1 },
+        machine: Machine { memory_bytes: 8192, vcpus: 1, network: false },
         kernel: "6.1".into(),
         recipe: "busybox".into(),
         mailboxes: Vec::new(),
