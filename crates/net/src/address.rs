@@ -164,6 +164,31 @@ pub enum PoolError {
     },
 }
 
+/// A text that is no pool.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum PoolTextError {
+    /// Not one IPv4 range, and at most one IPv6 range after it.
+    #[error(
+        "a pool is an IPv4 range, or an IPv4 and an IPv6 range with a comma (for example 100.112.0.0/16,fd3b:7c52:9e1d::/64)"
+    )]
+    Form,
+    /// Ranges that can not be leased.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+}
+
+impl FromStr for Pool {
+    type Err = PoolTextError;
+
+    /// `RANGE4` or `RANGE4,RANGE6`.
+    fn from_str(text: &str) -> Result<Self, PoolTextError> {
+        let (v4, v6) = text.split_once(',').map_or((text, None), |(v4, v6)| (v4, Some(v6)));
+        let v4 = v4.parse().map_err(|_| PoolTextError::Form)?;
+        let v6 = v6.map(str::parse).transpose().map_err(|_| PoolTextError::Form)?;
+        Ok(Self::new(v4, v6)?)
+    }
+}
+
 impl Default for Pool {
     fn default() -> Self {
         Self {
@@ -285,6 +310,18 @@ mod tests {
         for bad in ["fe80::/64", "ff00::/8", "::/0", "fd00::/97", "fd00::1/64"] {
             assert!(v6(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_pool_is_read_from_its_text() {
+        let both = "10.64.0.0/12,fd00:1::/64".parse::<Pool>().expect("a pool");
+        assert_eq!((both.v4.prefix_len(), both.v6.map(|v6| v6.prefix_len())), (12, Some(64)));
+        assert_eq!("10.64.0.0/12".parse::<Pool>().expect("a pool").v6, None);
+        for bad in ["", ",", "10.0.0.0", "fd00::/64", "10.0.0.0/8,", "10.0.0.0/8,10.1.0.0/16", "10.0.0.0/8,fd00::/64,x"]
+        {
+            assert_eq!(bad.parse::<Pool>(), Err(PoolTextError::Form), "{bad}");
+        }
+        assert!(matches!("10.0.0.1/8".parse::<Pool>(), Err(PoolTextError::Pool(_))));
     }
 
     #[test]

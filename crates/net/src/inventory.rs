@@ -10,7 +10,8 @@ use crate::{
     link::Network,
     named_net,
     netlink::{Socket, link},
-    record, state,
+    record::{self, LinkRecord},
+    state,
 };
 
 /// A lease is written a moment before the record of its link. One that is younger than this may be waiting for it.
@@ -21,6 +22,8 @@ const SETTLED: Duration = Duration::from_secs(60);
 pub struct Inventory {
     /// The forks that have a record. All parts of a link have one.
     pub links: BTreeSet<ForkId>,
+    /// Those among them that were made for another home that is there: not ours to judge.
+    pub foreign: BTreeSet<ForkId>,
     /// Those among them, or about to be among them, that a process works on right now.
     pub in_work: BTreeSet<ForkId>,
     /// The namespaces in the state directory.
@@ -61,6 +64,7 @@ impl Network {
         let doing = "listing the networks of forks";
         let mut found = Inventory { table: host_table::is_there().map_err(step(doing))?, ..Inventory::default() };
         found.links = record::all(&self.state).map_err(step(doing))?.into_iter().collect();
+        found.foreign = found.links.iter().filter(|id| self.is_foreign(id)).cloned().collect();
         let namespaces = state::entries(&self.state.namespaces()).map_err(step(doing))?;
         found.namespaces = namespaces.iter().filter_map(|name| ForkId::parse(name).ok()).collect();
         let mut socket = Socket::route().map_err(step(doing))?;
@@ -79,6 +83,14 @@ impl Network {
         };
         found.in_work = found.known().into_iter().filter(in_work).collect();
         Ok(found)
+    }
+
+    fn is_foreign(&self, id: &ForkId) -> bool {
+        match LinkRecord::read(&self.state, id) {
+            Ok(Some(record)) => record.home != self.home && record.home.exists(),
+            // Removed meanwhile; or torn, which a record that is replaced by a rename is for nobody who lives.
+            Ok(None) | Err(_) => false,
+        }
     }
 
     /// Removes a leftover.
@@ -110,7 +122,7 @@ impl Inventory {
     /// among them: whoever made them, this state directory did not.
     #[must_use]
     pub fn leftovers(&self, owners: &BTreeSet<ForkId>) -> BTreeSet<Leftover> {
-        let unneeded = |id: &ForkId| !owners.contains(id) && !self.in_work.contains(id);
+        let unneeded = |id: &ForkId| !owners.contains(id) && !self.in_work.contains(id) && !self.foreign.contains(id);
         // A lease alone may be that of a link which is just being recorded.
         let alone =
             |id: &ForkId| !self.links.contains(id) && !self.namespaces.contains(id) && self.unsettled.contains(id);

@@ -47,7 +47,7 @@ mod tap;
 mod tests;
 
 pub use ack::{ACK_PORT, AckDatagram, AckSocket, MAX_DATAGRAM};
-pub use address::{Addresses, MTU, MacAddress, Pool, PoolError};
+pub use address::{Addresses, MTU, MacAddress, Pool, PoolError, PoolTextError};
 pub use error::{LinkError, missing_capability};
 #[cfg(feature = "fault-points")]
 pub use fault::STEPS;

@@ -3,7 +3,7 @@
 use std::{
     net::IpAddr,
     os::fd::{AsFd, OwnedFd},
-    path::Path,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -33,6 +33,7 @@ use crate::{
 pub struct Network {
     pub(crate) state: State,
     pub(crate) leases: Leases,
+    pub(crate) home: PathBuf,
     pool: Pool,
     forward_v6: bool,
 }
@@ -90,7 +91,14 @@ impl Network {
         let leases = Leases::open(root, pause)?;
         let has_v6 = namespace::setting("ipv6/conf/default/disable_ipv6").is_ok_and(|value| value == "0");
         let pool = if has_v6 { pool } else { pool.without_v6() };
-        Ok(Self { state, leases, pool, forward_v6: false })
+        Ok(Self { state, leases, home: PathBuf::new(), pool, forward_v6: false })
+    }
+
+    /// For the forks that the directory `home` knows of. Several may share one network; what each has made is its own to remove.
+    #[must_use]
+    pub fn for_home(mut self, home: &Path) -> Self {
+        home.clone_into(&mut self.home);
+        self
     }
 
     /// Also lets the host forward IPv6 (`net.ipv6.conf.all.forwarding`), if it does not yet. A host that does takes no more addresses
@@ -119,7 +127,8 @@ impl Network {
         }
         let lease = self.leases.lease(&self.pool, id)?;
         fault::point("net.lease").map_err(step("leasing an address"))?;
-        let record = LinkRecord { id: id.clone(), addresses: lease.record().addresses, tap, policy: None };
+        let addresses = lease.record().addresses;
+        let record = LinkRecord { id: id.clone(), addresses, tap, home: self.home.clone(), policy: None };
         record.write(&self.state).map_err(file("writing", &record::path(&self.state, id)))?;
         let _ = lease.keep();
         fault::point("net.record").map_err(step("recording the link"))?;
@@ -381,7 +390,7 @@ impl ClosedLink {
         self.record
     }
 
-    fn namespace_path(&self) -> std::path::PathBuf {
+    fn namespace_path(&self) -> PathBuf {
         self.record.namespace(&self.parts.network.state)
     }
 }

@@ -27,6 +27,9 @@ pub struct LinkRecord {
     pub addresses: Addresses,
     /// Its tap.
     pub tap: TapOptions,
+    /// For whom it was made: the directory that says which forks there are. Nobody else judges whether it is still needed.
+    #[serde(default)]
+    pub home: PathBuf,
     /// The policy it was opened with; none as long as it is closed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<Policy>,

@@ -50,6 +50,25 @@ fn o3_only_what_no_owner_needs_is_a_leftover_and_looking_changes_nothing() {
 }
 
 #[test]
+fn o3_what_another_home_made_is_not_ours_as_long_as_that_home_is_there() {
+    in_a_world_alone(
+        "tests::leftovers::o3_what_another_home_made_is_not_ours_as_long_as_that_home_is_there",
+        |world| {
+            let (own, home) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+            let network = world.network().for_home(own.path());
+            let other = world.network().for_home(home.path());
+            let _ = other.prepare(&fork(1), TAP).unwrap().keep();
+            let _ = network.prepare(&fork(2), TAP).unwrap().keep();
+            let leftovers = |network: &Network| network.inventory().unwrap().leftovers(&BTreeSet::new());
+            assert_eq!(leftovers(&network), [Leftover::Link(fork(2))].into());
+            assert_eq!(leftovers(&other), [Leftover::Link(fork(1))].into(), "and the other way round");
+            drop(home);
+            assert_eq!(leftovers(&network), [Leftover::Link(fork(1)), Leftover::Link(fork(2)), Leftover::Table].into());
+        },
+    );
+}
+
+#[test]
 fn o3_what_a_crash_left_half_made_is_removed() {
     in_a_world_alone("tests::leftovers::o3_what_a_crash_left_half_made_is_removed", |world| {
         let network = world.network();
