@@ -53,7 +53,7 @@ install_missing() {
 
 # What running offshoot takes.
 install_runtime() {
-    install_missing qemu-system-x86 e2fsprogs mmdebstrap busybox-static xz-utils
+    install_missing qemu-system-x86 e2fsprogs mmdebstrap busybox-static xz-utils passt
     [ "$(id -u)" -eq 0 ] || install_missing uidmap
 }
 

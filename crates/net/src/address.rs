@@ -6,6 +6,7 @@ use std::{
     str::FromStr,
 };
 
+use identity::ForkId;
 use ipnet::{Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 use thiserror::Error;
@@ -38,6 +39,19 @@ impl MacAddress {
     fn of_guest(address: Ipv4Addr) -> Self {
         let [a, b, c, d] = address.octets();
         Self([0x02, 0x6f, a, b, c, d])
+    }
+
+    /// Of a guest whose address says nothing about it: every fork in mode `user` has the same. 44 of the id's random bits.
+    ///
+    /// The second digit is 2, which that of [`Self::GATEWAY`] is not.
+    pub(crate) fn of_fork(id: &ForkId) -> Self {
+        let mut bytes = [0; 6];
+        for (at, byte) in bytes.iter_mut().enumerate() {
+            let digits = id.as_str().get(2 * at..2 * at + 2);
+            *byte = digits.and_then(|digits| u8::from_str_radix(digits, 16).ok()).unwrap_or(0);
+        }
+        bytes[0] = bytes[0] & 0xf0 | 0x02;
+        Self(bytes)
     }
 
     /// Of both ends of the wire out of the fork's namespace (see `netlink::link::new_wire`).

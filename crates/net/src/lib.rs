@@ -1,5 +1,7 @@
 //! The host's side of a fork's network. It knows nothing of engines and guests.
 //!
+//! This is mode `tap`, for who has the rights; without any, [`UserLink`] connects a fork by a program.
+//!
 //! ```text
 //!  guest            the fork's own network namespace             the host's namespace
 //! ┌────────┐ frames ┌──────────────────────────────────────┐     ┌───────────────────────────────┐
@@ -45,6 +47,7 @@ mod state;
 mod tap;
 #[cfg(test)]
 mod tests;
+mod user;
 
 pub use ack::{ACK_PORT, AckDatagram, AckSocket, MAX_DATAGRAM};
 pub use address::{Addresses, MTU, MacAddress, Pool, PoolError, PoolTextError};
@@ -57,3 +60,4 @@ pub use link::{ClosedLink, Network, OpenLink};
 pub use policy::{Egress, Forward, MAX_EGRESS, MAX_FORWARDS, NetName, Policy, PolicyError, Protocol, Rate};
 pub use record::LinkRecord;
 pub use tap::TapOptions;
+pub use user::{RunAs, UserAddresses, UserError, UserLink, UserProcess};

@@ -92,17 +92,19 @@ fn taken_by(forward: &Forward, by: String) -> LinkError {
 
 /// Refuses a port that a program of the host listens on: it would never be reached again.
 fn free_on_host(forward: &Forward) -> Result<(), LinkError> {
+    if has_listener(forward) { Err(taken_by(forward, "a program of the host".to_owned())) } else { Ok(()) }
+}
+
+/// Whether a program of the host listens on a port, at any address.
+pub(crate) fn has_listener(forward: &Forward) -> bool {
     let all: [SocketAddr; 2] =
         [(Ipv4Addr::UNSPECIFIED, forward.host).into(), (Ipv6Addr::UNSPECIFIED, forward.host).into()];
-    for address in all {
+    all.into_iter().any(|address| {
         let bound = match forward.protocol {
             Protocol::Tcp => TcpListener::bind(address).map(drop),
             Protocol::Udp => UdpSocket::bind(address).map(drop),
         };
         // That there is no IPv6 here, or that low ports are not for this user, says nothing about the port.
-        if bound.is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse) {
-            return Err(taken_by(forward, "a program of the host".to_owned()));
-        }
-    }
-    Ok(())
+        bound.is_err_and(|error| error.kind() == io::ErrorKind::AddrInUse)
+    })
 }

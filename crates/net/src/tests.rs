@@ -6,4 +6,5 @@ mod leases;
 mod leftovers;
 mod reach;
 mod rig;
+mod user;
 mod wire;

@@ -33,7 +33,7 @@ use rustix::{
 };
 
 use crate::{
-    ClosedLink, LinkRecord, MacAddress, Network, OpenLink, Policy, Pool, TapOptions, namespace,
+    ClosedLink, LinkRecord, MacAddress, Network, OpenLink, Policy, Pool, TapOptions, UserAddresses, namespace,
     netlink::{Socket, link},
     tap,
 };
@@ -149,6 +149,13 @@ impl World {
         })
         .unwrap();
         path
+    }
+
+    /// Makes the outside the host's way to everywhere.
+    pub(super) fn default_route_outside(&self) {
+        let mut host = Socket::route().unwrap();
+        let uplink = host.index_of("uplink").unwrap();
+        host.carry_out(vec![link::route_to_all(uplink, OUTSIDE.into())]).unwrap();
     }
 
     /// Lets the outside send what is for `to` to the host.
@@ -328,6 +335,92 @@ impl Drop for Guest {
             let _ = carrier.join();
         }
         let _ = namespace::unmake(&self.namespace);
+    }
+}
+
+/// A machine whose card is connected to a stream socket. Its namespace is the guest.
+#[derive(Debug)]
+pub(super) struct StreamGuest {
+    pub(super) namespace: PathBuf,
+    stop: Arc<AtomicBool>,
+    carrier: Option<thread::JoinHandle<()>>,
+}
+
+impl StreamGuest {
+    /// Starts one on its end of the socket, and applies its identity. Its loopback stays down.
+    pub(super) fn start(world: &World, addresses: &UserAddresses, end: OwnedFd) -> Self {
+        let namespace = world.new_namespace();
+        let card = namespace::within(&namespace, || {
+            namespace::set("ipv6/conf/default/accept_dad", "0")?;
+            // Nothing but what a test sends.
+            namespace::set("ipv6/conf/default/addr_gen_mode", "1")?;
+            let card = tap::attach("eth0", TAP)?;
+            let mut socket = Socket::route()?;
+            let index = socket.index_of("eth0")?;
+            let of_v4 = addresses.v4.map(|(own, gateway)| (IpAddr::from(own), IpAddr::from(gateway)));
+            let of_v6 = addresses.v6.map(|(own, gateway)| (IpAddr::from(own), IpAddr::from(gateway)));
+            socket.carry_out(vec![link::set_mac(index, addresses.mac), link::up(index)])?;
+            for (own, gateway) in [of_v4, of_v6].into_iter().flatten() {
+                socket.carry_out(vec![
+                    link::add_address(index, own),
+                    link::neighbour(index, gateway, addresses.gateway_mac),
+                    default_route(index, gateway),
+                ])?;
+            }
+            Ok::<_, io::Error>(card)
+        })
+        .unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let carrier = thread::spawn(move || carry_stream(&card, end, &stopped));
+        Self { namespace, stop, carrier: Some(carrier) }
+    }
+
+    pub(super) fn within<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+        namespace::within(&self.namespace, work)
+    }
+}
+
+impl Drop for StreamGuest {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(carrier) = self.carrier.take() {
+            let _ = carrier.join();
+        }
+        let _ = namespace::unmake(&self.namespace);
+    }
+}
+
+/// Carries frames both ways between a tap and a stream of frames, each with its length before it.
+fn carry_stream(tap: &OwnedFd, stream: OwnedFd, stop: &AtomicBool) {
+    let mut stream = std::os::unix::net::UnixStream::from(stream);
+    let mut buffer = vec![0; 65536];
+    let mut received = Vec::new();
+    while !stop.load(Ordering::Relaxed) {
+        let (tap_end, stream_end) = (tap.as_fd(), stream.as_fd());
+        let mut waiting =
+            [PollFd::from_borrowed_fd(tap_end, PollFlags::IN), PollFd::from_borrowed_fd(stream_end, PollFlags::IN)];
+        let _ = poll(&mut waiting, Some(&Timespec { tv_sec: 0, tv_nsec: 20_000_000 }));
+        let readable = waiting[1].revents().contains(PollFlags::IN);
+        while let Ok(length) = rustix::io::read(tap, &mut buffer[4..]) {
+            buffer[..4].copy_from_slice(&u32::try_from(length).unwrap().to_be_bytes());
+            if stream.write_all(&buffer[..4 + length]).is_err() {
+                return;
+            }
+        }
+        if readable {
+            let length = stream.read(&mut buffer).unwrap_or(0);
+            received.extend_from_slice(&buffer[..length]);
+            if length == 0 {
+                return;
+            }
+        }
+        while let Some(length) = received.first_chunk().map(|length| u32::from_be_bytes(*length) as usize)
+            && received.len() >= 4 + length
+        {
+            let _ = rustix::io::write(tap, &received[4..4 + length]);
+            received.drain(..4 + length);
+        }
     }
 }
 
