@@ -1,8 +1,14 @@
 //! What a machine is made of.
 
-use std::{fmt, os::fd::BorrowedFd, path::Path};
+use std::{
+    fmt,
+    os::fd::{AsRawFd, BorrowedFd, RawFd},
+    path::Path,
+};
 
 use serde::{Deserialize, Serialize};
+
+use crate::EngineError;
 
 /// Which engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -139,4 +145,28 @@ pub struct RestoreSpec<'a> {
     pub network: Option<NetworkEnd<'a>>,
     /// Rights of the process.
     pub confinement: Confinement<'a>,
+}
+
+impl<'a> RestoreSpec<'a> {
+    /// What the card is connected to.
+    ///
+    /// # Errors
+    /// [`EngineError::Refused`] for an end without a card.
+    pub(crate) fn network_end(&self) -> Result<Option<NetworkEnd<'a>>, EngineError> {
+        if self.network.is_some() && !self.machine.network {
+            return Err(EngineError::Refused {
+                during: "connecting the network card",
+                reason: "the template was built without one".into(),
+            });
+        }
+        Ok(self.network)
+    }
+}
+
+impl AsRawFd for NetworkEnd<'_> {
+    fn as_raw_fd(&self) -> RawFd {
+        match self {
+            Self::Tap(fd) | Self::Stream(fd) => fd.as_raw_fd(),
+        }
+    }
 }

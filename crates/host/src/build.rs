@@ -193,7 +193,7 @@ fn machine(request: &BuildRequest, recipe: &Recipe) -> Result<Machine, BuildErro
     };
     range("--memory in MiB", memory_bytes >> 20, 96, 64 << 10)?;
     range("--vcpus", u64::from(vcpus), 1, 8)?;
-    Ok(Machine { memory_bytes: memory_bytes >> 20 << 20, vcpus, network: false })
+    Ok(Machine { memory_bytes: memory_bytes >> 20 << 20, vcpus, network: recipe.network })
 }
 
 struct Attempt<'a> {

@@ -69,6 +69,8 @@ pub struct Recipe {
     pub memory: u64,
     /// Virtual CPUs, unless the user asks for another number.
     pub vcpus: u32,
+    /// Whether the machine has a network card. What it is connected to is said at each fork.
+    pub network: bool,
     /// What the root file system is made from.
     pub rootfs: RootSource,
     /// Put into the root file system.
@@ -233,6 +235,7 @@ impl Recipe {
             description: format!("the root file system {}", path.display()),
             memory: DEFAULT_MEMORY,
             vcpus: 1,
+            network: true,
             rootfs,
             files: Vec::new(),
             env,
@@ -369,6 +372,7 @@ fn parse(text: &str, name: &str, folder: &Folder<'_>) -> Result<Recipe, RecipeEr
         description: toml.description.map(|text| text.0).unwrap_or_default(),
         memory: toml.memory.map_or(DEFAULT_MEMORY, |size| size.0),
         vcpus: toml.vcpus.map_or(1, |vcpus| vcpus.0),
+        network: toml.network.unwrap_or(true),
         rootfs,
         files,
         env,

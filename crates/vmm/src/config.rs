@@ -12,6 +12,10 @@ pub const MIN_MEMORY_BYTES: u64 = 2 << 20;
 /// Most guest memory in bytes (1 TiB): what every x86-64 processor with virtualisation can address.
 pub const MAX_MEMORY_BYTES: u64 = 1 << 40;
 
+/// Address of every machine's network card at its boot: locally administered. Copies know it from their template; what a fork is called
+/// on its network is part of its identity, which its agent sets.
+pub const NETWORK_MAC: [u8; 6] = [0x02, 0x6f, 0x66, 0x66, 0x73, 0x68];
+
 /// Size of a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct MachineConfig {

@@ -3,10 +3,15 @@
 //! A template and its forks must describe the same machine: the device state of one is loaded into the other. What both
 //! share is built by one function, and only what may differ is added by the callers.
 
-use std::{ffi::OsString, os::fd::RawFd};
+use std::{
+    ffi::OsString,
+    os::fd::{AsRawFd, RawFd},
+};
+
+use vmm::config::NETWORK_MAC;
 
 use crate::{
-    Accel, Machine,
+    Accel, Machine, NetworkEnd,
     machine_dir::{CONTROL_CHANNELS, KERNEL_COMMAND_LINE},
 };
 
@@ -26,6 +31,12 @@ pub(super) struct Fds {
     pub(super) channels: [RawFd; CONTROL_CHANNELS],
 }
 
+/// The card's optional parts, all left out: a guest is captured with what the card and its driver have agreed on, and a fork's must offer
+/// the same whatever it is connected to. Without offloads neither side leaves checksums or cutting to the other.
+const CARD_WITHOUT: &str = "csum=off,gso=off,guest_csum=off,guest_tso4=off,guest_tso6=off,guest_ecn=off,guest_ufo=off,guest_announce=off,\
+    host_tso4=off,host_tso6=off,host_ecn=off,host_ufo=off,mrg_rxbuf=off,status=off,mq=off,ctrl_vq=off,ctrl_rx=off,ctrl_vlan=off,\
+    ctrl_rx_extra=off,ctrl_mac_addr=off,ctrl_guest_offloads=off";
+
 /// How the memory file is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum MemoryUse {
@@ -43,7 +54,14 @@ pub(super) struct CommandLine(Vec<OsString>);
 
 impl CommandLine {
     /// What template and fork have in common.
-    pub(super) fn machine(machine: Machine, accel: Accel, memory: MemoryUse, memory_name: &str, fds: Fds) -> Self {
+    pub(super) fn machine(
+        machine: Machine,
+        accel: Accel,
+        memory: MemoryUse,
+        memory_name: &str,
+        fds: Fds,
+        network: Option<NetworkEnd<'_>>,
+    ) -> Self {
         let mut line = Self::default();
         line.option("-M", "microvm,acpi=on,pit=on,pic=off,rtc=on,isa-serial=on,x-option-roms=off,auto-kernel-cmdline=off,pcie=off,usb=off,memory-backend=mem,mem-merge=off");
         match accel {
@@ -75,6 +93,8 @@ impl CommandLine {
         line.option("-chardev", &format!("socket,id=monitor,fd={},server=on,wait=off", fds.monitor));
         line.option("-mon", "chardev=monitor,mode=control");
         line.option("-global", "migration.x-events=on");
+        // After a load QEMU would tell the network, in the template's name, where its card is now.
+        line.option("-global", "migration.announce-rounds=0");
 
         line.option("-device", "virtio-serial-device,id=ports,max_ports=16");
         line.option("-add-fd", &format!("fd={},set=3,opaque=ack", fds.ack));
@@ -96,7 +116,25 @@ impl CommandLine {
             "driver=raw,node-name=root,read-only=on,file.driver=file,file.filename=/dev/fdset/1,file.locking=off",
         );
         line.option("-device", "virtio-blk-device,drive=root");
+        if machine.network {
+            line.card(network);
+        }
         line
+    }
+
+    /// The network card, connected to nothing or to this. It is made last: where the other devices are does not depend on it.
+    fn card(&mut self, network: Option<NetworkEnd<'_>>) {
+        match network {
+            None => {}
+            // Whether its frames have virtio headers QEMU asks the tap.
+            Some(NetworkEnd::Tap(fd)) => self.option("-netdev", &format!("tap,id=net,fd={}", fd.as_raw_fd())),
+            // Not `stream`, which speaks the same: that connects in a thread of its own, some time after the start, and until then it drops
+            // what a guest sends.
+            Some(NetworkEnd::Stream(fd)) => self.option("-netdev", &format!("socket,id=net,fd={}", fd.as_raw_fd())),
+        }
+        let mac = NETWORK_MAC.map(|byte| format!("{byte:02x}")).join(":");
+        let end = if network.is_some() { ",netdev=net" } else { "" };
+        self.option("-device", &format!("virtio-net-device,mac={mac},{CARD_WITHOUT}{end}"));
     }
 
     /// What only a template's first boot needs.

@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use super::{command::CommandLine, qmp::Qmp};
 use crate::{
-    Accel, Confinement, EngineError, ProcessRef,
+    Accel, Confinement, EngineError, NetworkEnd, ProcessRef,
     machine_dir::{self, MachineDir},
     machine_process::{Jail, MachineProcess, Purpose, spawn},
 };
@@ -41,6 +41,8 @@ pub(super) struct Prepared {
     memory_dir: OwnedFd,
     /// Kept open for the process, besides the ones above.
     others: Vec<File>,
+    /// What the network card is connected to; the caller's.
+    network: Option<RawFd>,
     /// The only group that the process has as another user.
     device_group: Option<Gid>,
 }
@@ -57,6 +59,7 @@ impl Prepared {
                 source,
             })?,
             others: Vec::new(),
+            network: None,
             device_group: (accel == Accel::Kvm).then(device_group).flatten(),
         })
     }
@@ -69,6 +72,11 @@ impl Prepared {
     /// Opens one more file for the process and gives its number.
     pub(super) fn open(&mut self, path: &Path) -> Result<RawFd, EngineError> {
         Ok(self.keep(machine_dir::open(path)?))
+    }
+
+    /// Has the process inherit what its network card is connected to, which stays open until it is started.
+    pub(super) fn lend(&mut self, network: Option<NetworkEnd<'_>>) {
+        self.network = network.as_ref().map(AsRawFd::as_raw_fd);
     }
 
     fn keep(&mut self, file: File) -> RawFd {
@@ -91,6 +99,7 @@ impl Prepared {
         let mut all = self.own.inherited();
         all.extend([self.root_image.as_raw_fd(), self.memory_dir.as_raw_fd()]);
         all.extend(self.others.iter().map(AsRawFd::as_raw_fd));
+        all.extend(self.network);
         all
     }
 }

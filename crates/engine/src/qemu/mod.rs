@@ -120,6 +120,7 @@ impl QemuEngine {
             MemoryUse::Shared,
             &file_name(spec.memory_file),
             prepared.fds(),
+            None,
         )
         .boot(kernel, initramfs, console, &parameters);
         launch::launch(&self.program, spec.dir, line, prepared, &spec.confinement, Purpose::Template)
@@ -172,9 +173,11 @@ impl QemuEngine {
     fn load(&self, spec: &RestoreSpec<'_>, purpose: Purpose) -> Result<Qemu, EngineError> {
         let mut prepared = Prepared::new(self.info.accel, spec.dir, spec.root_image, spec.memory_file)?;
         let state = prepared.open(spec.state_file)?;
+        let network = spec.network_end()?;
+        prepared.lend(network);
         let usage = if self.read_only_template { MemoryUse::PrivateReadOnly } else { MemoryUse::Private };
-        let line =
-            CommandLine::machine(spec.machine, self.info.accel, usage, &file_name(spec.memory_file), prepared.fds());
+        let name = file_name(spec.memory_file);
+        let line = CommandLine::machine(spec.machine, self.info.accel, usage, &name, prepared.fds(), network);
         let mut qemu = launch::launch(&self.program, spec.dir, line.restore(), prepared, &spec.confinement, purpose)?;
         match load_state(&mut qemu, state) {
             Ok(()) => Ok(qemu),

@@ -16,6 +16,7 @@ pub(super) struct RecipeToml {
     pub(super) description: Option<Text>,
     pub(super) memory: Option<Size>,
     pub(super) vcpus: Option<Vcpus>,
+    pub(super) network: Option<bool>,
     pub(super) rootfs: Spanned<RootToml>,
     #[serde(default)]
     pub(super) files: Vec<Spanned<FileToml>>,

@@ -43,6 +43,7 @@ name = "all"
 description = "d"
 memory = "1G"
 vcpus = 2
+network = false
 [rootfs]
 kind = "directory"
 path = "root"
@@ -83,7 +84,8 @@ hook = ["/bin/hook"]
 "#;
     fs::write(dir.path().join(FILE), text).unwrap();
     let recipe = Recipe::load(dir.path().join(FILE).to_str().unwrap()).unwrap();
-    assert_eq!((recipe.memory, recipe.vcpus), (1 << 30, 2));
+    assert_eq!((recipe.memory, recipe.vcpus, recipe.network), (1 << 30, 2, false));
+    assert!(load(GOOD).unwrap().network, "where nothing is said");
     assert_eq!(recipe.rootfs, RootSource::Directory(dir.path().canonicalize().unwrap().join("root")));
     assert_eq!(recipe.files[0], RecipeFile { path: "/a/b.py".into(), content: b"print()".into(), mode: 0o755 });
     assert_eq!((recipe.files[1].content.as_slice(), recipe.files[1].mode), (b"text".as_slice(), 0o644));

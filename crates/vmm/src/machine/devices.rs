@@ -10,6 +10,7 @@ use std::{
 use super::MachineError;
 use crate::{
     bus::Bus,
+    config::NETWORK_MAC,
     devices::{Generation, ResetPort, SerialPort},
     ending::Ending,
     events::EventLoop,
@@ -47,10 +48,6 @@ const ROOT: &str = "root";
 const PORTS: &str = "ports";
 const RANDOM: &str = "random";
 const NETWORK: &str = "network";
-
-/// Address of every guest's network card: locally administered. A copy's driver knows the template's; what a fork is called
-/// on its network is part of its identity, which its agent sets.
-const MAC: [u8; 6] = [0x02, 0x6f, 0x66, 0x66, 0x73, 0x68];
 
 /// All devices.
 #[derive(Debug)]
@@ -103,7 +100,7 @@ impl Devices {
             (RANDOM, Box::new(Rng::new())),
         ];
         if let Some(tap) = files.tap {
-            let card = Net::new(tap, MAC).map_err(MachineError::resources("its network interface"))?;
+            let card = Net::new(tap, NETWORK_MAC).map_err(MachineError::resources("its network interface"))?;
             devices.push((NETWORK, Box::new(card)));
         }
         let mut virtio = Vec::with_capacity(devices.len());
