@@ -28,12 +28,14 @@
 
 mod ack;
 mod address;
+mod dns;
 mod error;
 mod fault;
 mod host_table;
 mod inventory;
 mod lease;
 mod link;
+mod mode;
 mod named_net;
 mod namespace;
 mod netlink;
@@ -51,12 +53,14 @@ mod user;
 
 pub use ack::{ACK_PORT, AckDatagram, AckSocket, MAX_DATAGRAM};
 pub use address::{Addresses, MTU, MacAddress, Pool, PoolError, PoolTextError};
+pub use dns::{Dns, MAX_DNS, Reach, Unreachable};
 pub use error::{LinkError, missing_capability};
 #[cfg(feature = "fault-points")]
 pub use fault::STEPS;
 pub use inventory::{Inventory, Leftover};
 pub use lease::{DEFAULT_PAUSE, Lease, LeaseError, LeaseRecord, Leases};
 pub use link::{ClosedLink, Network, OpenLink};
+pub use mode::{Mode, ModeError};
 pub use policy::{Egress, Forward, MAX_EGRESS, MAX_FORWARDS, NetName, Policy, PolicyError, Protocol, Rate};
 pub use record::LinkRecord;
 pub use tap::TapOptions;

@@ -160,6 +160,26 @@ pub(crate) fn add_address(index: u32, address: IpAddr) -> Request {
     request(NEW, RouteNetlinkMessage::NewAddress(message))
 }
 
+/// All addresses of the socket's namespace.
+pub(crate) fn addresses(socket: &mut Socket) -> io::Result<Vec<IpAddr>> {
+    let mut addresses = Vec::new();
+    let list = request(NLM_F_REQUEST | NLM_F_DUMP, RouteNetlinkMessage::GetAddress(AddressMessage::default()));
+    socket.ask(list, |message| {
+        let RouteNetlinkMessage::NewAddress(message) = message else { return };
+        // On a link between two points "address" is the other's.
+        let local = message.attributes.iter().find_map(|attribute| match attribute {
+            AddressAttribute::Local(address) => Some(*address),
+            _ => None,
+        });
+        let of_link = message.attributes.iter().find_map(|attribute| match attribute {
+            AddressAttribute::Address(address) => Some(*address),
+            _ => None,
+        });
+        addresses.extend(local.or(of_link));
+    })?;
+    Ok(addresses)
+}
+
 fn route(index: u32, family: AddressFamily) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = family;
