@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// A chain without rules that says which layout the table has. Another build's table is replaced.
-const LAYOUT: &str = "layout-1";
+const LAYOUT: &str = "layout-2";
 
 /// The set of nets: pairs of a group with itself.
 const NETS: &str = "nets";
@@ -119,10 +119,22 @@ fn add_chains(table: &mut Transaction) {
     table.chain(TABLE, "outgoing", "nat", Hook::Postrouting, AFTER_ROUTING, accept);
     table.rule(TABLE, "outgoing", from_fork().group(Meta::OutGroup, OURS, true).masquerade());
 
-    // From other hosts, and from the host itself; but not to loopback, whose packets may not leave the host.
+    // What the host says to itself on 127.0.0.1 and is for a forwarded port leaves it by the fork's wire, which is let to do that
+    // (`route_localnet`). The fork would answer to its own loopback.
+    let from_loopback = IpNet::V4(Ipv4Net::new_assert([127, 0, 0, 0].into(), 8));
+    let rule = Rule::default().group(Meta::OutGroup, OURS, false).address(Side::Source, from_loopback).masquerade();
+    table.rule(TABLE, "outgoing", rule);
+
+    // From other hosts, and from the host itself: to its addresses and to 127.0.0.1, not to the other addresses of loopback, where
+    // hosts have resolvers of their own. IPv6 has nothing like route_localnet: there is nothing at `::1`.
     table.chain(TABLE, "ports", "nat", Hook::Prerouting, BEFORE_ROUTING, accept);
     table.chain(TABLE, "own-ports", "nat", Hook::Output, BEFORE_ROUTING, accept);
-    let loopback = IpNet::V4(Ipv4Net::new_assert([127, 0, 0, 0].into(), 8));
+    for (protocol, number, v6) in MAPS.into_iter().filter(|(.., v6)| !v6) {
+        let localhost = IpNet::from(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST));
+        let rule = Rule::default().transport(number).address(Side::Destination, localhost);
+        table.rule(TABLE, "own-ports", rule.forward_by(map(protocol, v6), v6));
+    }
+    let loopback = from_loopback;
     table.rule(TABLE, "own-ports", Rule::default().address(Side::Destination, loopback).verdict(accept));
     let loopback = IpNet::from(std::net::IpAddr::V6(std::net::Ipv6Addr::LOCALHOST));
     table.rule(TABLE, "own-ports", Rule::default().address(Side::Destination, loopback).verdict(accept));

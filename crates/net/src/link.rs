@@ -290,6 +290,9 @@ impl Network {
                 host.carry_out(vec![group]).map_err(step("joining the named net"))?;
             }
             ports::take(&self.state, &record.id, &record.addresses, &policy.forwards)?;
+            if !policy.forwards.is_empty() {
+                ports::let_localhost_in(&record.wire(), true).map_err(step("forwarding ports of 127.0.0.1"))?;
+            }
         }
         fault::point("net.shared").map_err(step("changing the host's table"))?;
         namespace::within(&record.namespace(&self.state), || {

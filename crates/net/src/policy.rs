@@ -116,7 +116,7 @@ impl fmt::Display for Protocol {
     }
 }
 
-/// A port of the host (on all its addresses but loopback) that leads to a port of the guest.
+/// A port of the host that leads to a port of the guest: on all its addresses, of loopback's only on 127.0.0.1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Forward {

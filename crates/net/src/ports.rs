@@ -72,6 +72,15 @@ pub(crate) fn take(
     if forwards.is_empty() { Ok(()) } else { rules.commit().map_err(step("forwarding ports")) }
 }
 
+/// Lets what the host says on 127.0.0.1 leave it by a wire, and the answers come back to there; or no more.
+///
+/// It also lets the wire bring what was sent to 127.0.0.0/8 from its other side, as no other card may. Of that there is nothing: the fork's
+/// namespace refuses those addresses three times (its routing, its sources, its ranges that are never reached), in rules that are
+/// no part of the host's and that nothing on the host flushes. The host's own table refuses every connection from a fork to it besides.
+pub(crate) fn let_localhost_in(wire: &str, yes: bool) -> io::Result<()> {
+    crate::namespace::set(&format!("ipv4/conf/{wire}/route_localnet"), if yes { "1" } else { "0" })
+}
+
 /// Gives a fork's ports back. The lock of the shared parts is held. One that is somebody else's by now is left alone.
 pub(crate) fn release(state: &State, owner: &ForkId) -> io::Result<()> {
     for taken in all(state)?.into_iter().filter(|taken| taken.owner == *owner) {

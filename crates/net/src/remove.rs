@@ -55,6 +55,9 @@ impl Network {
             let group = link::set_group(&record.wire(), named_net::group(0));
             Socket::route().and_then(|mut socket| socket.carry_out(vec![group])).map_err(step(doing))?;
         }
+        if !policy.forwards.is_empty() {
+            ports::let_localhost_in(&record.wire(), false).map_err(step("removing forwarded ports"))?;
+        }
         if policy.net.is_some() || !policy.forwards.is_empty() {
             self.leave_shared(&record.id, policy.net.as_ref())
         } else {

@@ -81,6 +81,15 @@ pub(crate) fn up(index: u32) -> Request {
     request(CHANGE, RouteNetlinkMessage::SetLink(message))
 }
 
+/// Takes a link down.
+#[cfg(test)]
+pub(crate) fn down(index: u32) -> Request {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.header.change_mask |= LinkFlags::Up;
+    request(CHANGE, RouteNetlinkMessage::SetLink(message))
+}
+
 /// Gives a link a MAC address.
 pub(crate) fn set_mac(index: u32, mac: MacAddress) -> Request {
     let mut message = LinkMessage::default();

@@ -2,11 +2,13 @@
 
 use std::{
     io,
-    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     time::{Duration, Instant},
 };
 
-use super::rig::{HOST, OTHER, OUTSIDE, TAP, answer_on, call, call_from, fork, in_a_world, serve};
+use super::rig::{
+    HOST, HOST_V6, OTHER, OTHER_V6, OUTSIDE, OUTSIDE_V6, TAP, answer_on, call, call_from, fork, in_a_world, serve,
+};
 use crate::{Egress, Forward, LinkError, Policy, Rate, rules::MAX_CONNECTIONS};
 
 fn net(name: &str) -> Policy {
@@ -77,6 +79,63 @@ fn n1_forks_of_one_net_reach_each_other_over_ipv6() {
 }
 
 #[test]
+fn n1_forks_reach_the_outside_over_ipv6_as_the_host_and_by_their_egress() {
+    in_a_world(|world| {
+        let outside = world.outside();
+        if !world.outside_v6(&outside) {
+            return;
+        }
+        let (server, other) = (serve(&outside, (OUTSIDE_V6, 80)), serve(&outside, (OTHER_V6, 80)));
+        let network = world.network().forwarding_v6();
+        let (_a, free) = world.open(&network, 1, Policy::default());
+        let (_b, denied) = world.open(&network, 2, egress("deny"));
+        let (_c, listed) = world.open(&network, 3, egress("2001:db8:2::/48,203.0.113.0/24"));
+        let (_d, only_v4) = world.open(&network, 4, egress("0.0.0.0/0"));
+        assert_eq!(call_from(&free.namespace, server).unwrap(), HOST_V6);
+        assert!(call_from(&free.namespace, other).is_ok());
+        let started = Instant::now();
+        assert!(call_from(&denied.namespace, server).is_err());
+        assert!(started.elapsed() < Duration::from_millis(300), "it is told at once");
+        assert!(call_from(&listed.namespace, other).is_ok());
+        assert!(call_from(&listed.namespace, server).is_err());
+        assert!(call_from(&only_v4.namespace, server).is_err());
+        // The host itself, and other forks.
+        let at_host = answer_on(TcpListener::bind((HOST_V6, 81)).unwrap());
+        assert_eq!(call(at_host).unwrap(), HOST_V6);
+        assert!(call_from(&free.namespace, at_host).is_err());
+        let at_free = serve(&free.namespace, (free.record.addresses.v6.unwrap(), 80));
+        assert!(call(at_free).is_ok(), "the host reaches it");
+        assert!(call_from(&listed.namespace, at_free).is_err());
+    });
+}
+
+#[test]
+fn n1_a_port_of_the_host_leads_to_the_fork_over_ipv6() {
+    in_a_world(|world| {
+        let outside = world.outside();
+        if !world.outside_v6(&outside) {
+            return;
+        }
+        let network = world.network().forwarding_v6();
+        let (link, guest) = world.open(&network, 1, forwards(&["8080:80", "5353:53/udp"]));
+        let v6 = guest.record.addresses.v6.unwrap();
+        serve(&guest.namespace, (v6, 80));
+        let datagrams = guest.within(|| UdpSocket::bind((v6, 53))).unwrap();
+        assert_eq!(call_from(&outside, (HOST_V6, 8080)).unwrap(), OUTSIDE_V6, "callers are seen as themselves");
+        assert_eq!(call((HOST_V6, 8080)).unwrap(), HOST_V6, "from the host too");
+        crate::namespace::within(&outside, || UdpSocket::bind((OUTSIDE_V6, 0))?.send_to(b"?", (HOST_V6, 5353)))
+            .unwrap();
+        datagrams.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        assert_eq!(datagrams.recv_from(&mut [0; 8]).unwrap().1.ip(), OUTSIDE_V6);
+        // The address itself is nobody's but the host's to reach.
+        world.route_from(&outside, v6);
+        assert!(call_from(&outside, (v6, 80)).is_err());
+        drop(link);
+        assert!(call_from(&outside, (HOST_V6, 8080)).is_err(), "it ends with the link");
+    });
+}
+
+#[test]
 fn n1_egress_is_nothing_or_a_list() {
     in_a_world(|world| {
         let outside = world.outside();
@@ -122,6 +181,76 @@ fn n1_a_port_of_the_host_leads_to_the_fork_also_without_egress() {
         assert_eq!(call((HOST, 8080)).unwrap(), HOST, "from the host too");
         drop(link);
         assert!(call_from(&outside, (HOST, 8080)).is_err(), "it ends with the link");
+    });
+}
+
+#[test]
+fn n1_a_port_of_the_hosts_localhost_leads_to_the_fork() {
+    in_a_world(|world| {
+        let outside = world.outside();
+        let network = world.network();
+        let (link, guest) = world.open(&network, 1, forwards(&["8080:80", "5353:53/udp"]));
+        serve(&guest.namespace, (guest.v4(), 80));
+        let datagrams = guest.within(|| UdpSocket::bind((guest.v4(), 53))).unwrap();
+        assert_eq!(call((Ipv4Addr::LOCALHOST, 8080)).unwrap(), HOST);
+        let asking = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        asking.connect((Ipv4Addr::LOCALHOST, 5353)).unwrap();
+        asking.send(b"?").unwrap();
+        let mut buffer = [0; 8];
+        let (_, from) = datagrams.recv_from(&mut buffer).unwrap();
+        datagrams.send_to(b"!", from).unwrap();
+        asking.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        assert_eq!(asking.recv(&mut buffer).unwrap(), 1);
+        // There is nothing at ::1, which is said at once, so that callers of "localhost" go on to 127.0.0.1.
+        assert_eq!(call((Ipv6Addr::LOCALHOST, 8080)).unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        // What is not forwarded there is not changed.
+        let own = answer_on(TcpListener::bind((Ipv4Addr::LOCALHOST, 81)).unwrap());
+        assert_eq!(call(own).unwrap(), Ipv4Addr::LOCALHOST);
+        let other = answer_on(TcpListener::bind((Ipv4Addr::new(127, 0, 0, 53), 8080)).unwrap());
+        assert_eq!(call(other).unwrap(), Ipv4Addr::LOCALHOST);
+        assert!(call_from(&outside, (HOST, 8080)).is_ok());
+        let wire = link.record().wire();
+        let setting = || crate::namespace::setting(&format!("ipv4/conf/{wire}/route_localnet")).unwrap();
+        assert_eq!(setting(), "1");
+        let closed = link.shut().unwrap();
+        assert_eq!(setting(), "0");
+        assert!(call((Ipv4Addr::LOCALHOST, 8080)).is_err());
+        drop(closed);
+    });
+}
+
+/// A fork whose wire may carry 127.0.0.1 does not reach the host's, also without the host's own table.
+#[test]
+fn n1_a_fork_does_not_reach_the_hosts_localhost_by_its_forwarded_port() {
+    in_a_world(|world| {
+        let network = world.network();
+        let (link, guest) = world.open(&network, 1, forwards(&["8080:80"]));
+        // The host's loopback has a server on every address.
+        let tcp = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 82)).unwrap();
+        tcp.set_nonblocking(true).unwrap();
+        let udp = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 82)).unwrap();
+        udp.set_nonblocking(true).unwrap();
+        guest.gives_up_its_loopback();
+        for table in [true, false] {
+            if !table {
+                crate::host_table::remove().unwrap();
+            }
+            for to in [Ipv4Addr::LOCALHOST, Ipv4Addr::new(127, 9, 9, 9)] {
+                let before = world.packets_out_of(link.record());
+                assert!(call_from(&guest.namespace, (to, 82)).is_err());
+                guest.send(guest.v4(), (to, 82), b"x").unwrap();
+                std::thread::sleep(Duration::from_millis(100));
+                assert_eq!(world.packets_out_of(link.record()), before, "it does not even leave the namespace");
+            }
+            assert!(tcp.accept().is_err() && udp.recv(&mut [0; 8]).is_err());
+        }
+        // The check can fail: without the table another address of the host's is reached.
+        world.outside();
+        guest.send(guest.v4(), (HOST, 82), b"x").unwrap();
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while udp.recv(&mut [0; 8]).is_err() {
+            assert!(Instant::now() < deadline);
+        }
     });
 }
 

@@ -6,7 +6,7 @@
 use std::{
     cell::Cell,
     io::{self, Read, Write},
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{
@@ -43,6 +43,11 @@ pub(super) const HOST: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
 pub(super) const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 2);
 /// Another address of the same server.
 pub(super) const OTHER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 9);
+
+/// The same for IPv6.
+pub(super) const HOST_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 1);
+pub(super) const OUTSIDE_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 2);
+pub(super) const OTHER_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 9);
 
 /// Of both ends of the wire to the outside.
 pub(super) const UPLINK: MacAddress = MacAddress([2, 0, 0, 0, 0, 9]);
@@ -151,6 +156,33 @@ impl World {
         path
     }
 
+    /// Gives the outside IPv6; whether this machine has any.
+    pub(super) fn outside_v6(&self, outside: &Path) -> bool {
+        if !namespace::setting("ipv6/conf/default/disable_ipv6").is_ok_and(|value| value == "0") {
+            eprintln!("not run: this host has no IPv6");
+            return false;
+        }
+        let mut host = Socket::route().unwrap();
+        let uplink = host.index_of("uplink").unwrap();
+        host.carry_out(vec![
+            link::add_address(uplink, HOST_V6.into()),
+            link::route_to(uplink, OUTSIDE_V6.into()),
+            link::route_to(uplink, OTHER_V6.into()),
+        ])
+        .unwrap();
+        namespace::within(outside, || {
+            let mut inside = Socket::route()?;
+            let server = inside.index_of("server")?;
+            inside.carry_out(vec![
+                link::add_address(server, OUTSIDE_V6.into()),
+                link::add_address(server, OTHER_V6.into()),
+                link::route_to(server, HOST_V6.into()),
+            ])
+        })
+        .unwrap();
+        true
+    }
+
     /// Makes the outside the host's way to everywhere.
     pub(super) fn default_route_outside(&self) {
         let mut host = Socket::route().unwrap();
@@ -158,12 +190,20 @@ impl World {
         host.carry_out(vec![link::route_to_all(uplink, OUTSIDE.into())]).unwrap();
     }
 
+    /// The same for IPv6.
+    pub(super) fn default_route_outside_v6(&self) {
+        let mut host = Socket::route().unwrap();
+        let uplink = host.index_of("uplink").unwrap();
+        host.carry_out(vec![link::route_to_all(uplink, OUTSIDE_V6.into())]).unwrap();
+    }
+
     /// Lets the outside send what is for `to` to the host.
-    pub(super) fn route_from(&self, outside: &Path, to: Ipv4Addr) {
+    pub(super) fn route_from(&self, outside: &Path, to: impl Into<IpAddr>) {
+        let to = to.into();
         namespace::within(outside, || {
             let mut socket = Socket::route()?;
             let server = socket.index_of("server")?;
-            socket.carry_out(vec![link::route_to(server, to.into())])
+            socket.carry_out(vec![link::route_to(server, to)])
         })
         .unwrap();
     }
@@ -305,6 +345,17 @@ impl Guest {
 
     pub(super) fn within<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
         namespace::within(&self.namespace, work)
+    }
+
+    /// Sends what is for 127.0.0.0/8 out of its card, as a hostile guest can.
+    pub(super) fn gives_up_its_loopback(&self) {
+        self.within(|| {
+            let mut socket = Socket::route()?;
+            let lo = socket.index_of("lo")?;
+            socket.carry_out(vec![link::down(lo)])?;
+            namespace::set("ipv4/conf/eth0/route_localnet", "1")
+        })
+        .unwrap();
     }
 
     pub(super) fn v4(&self) -> Ipv4Addr {

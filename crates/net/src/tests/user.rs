@@ -11,8 +11,8 @@ use std::{
 use rustix::io::{FdFlags, fcntl_setfd};
 
 use super::rig::{
-    HOST, OUTSIDE, Sniffer, StreamGuest, World, answer_on, call_from, contains, fork, in_a_world, in_a_world_alone,
-    serve,
+    HOST, HOST_V6, OUTSIDE, OUTSIDE_V6, Sniffer, StreamGuest, World, answer_on, call_from, contains, fork, in_a_world,
+    in_a_world_alone, serve,
 };
 use crate::{
     Policy, RunAs, UserAddresses, UserError, UserLink, UserProcess, namespace,
@@ -262,6 +262,24 @@ fn n1_user_works_on_a_host_without_a_way_outside() {
         let (own, gateway) = UserAddresses::of(&fork(1)).v4.unwrap();
         serve_who_speaks(&guest.namespace, (own, 80).into());
         assert_eq!(speak((Ipv4Addr::LOCALHOST, 8080)).unwrap(), gateway);
+    });
+}
+
+#[test]
+fn n1_user_ipv6_goes_out_and_comes_in_where_the_host_has_it() {
+    with_passt(|world, outside| {
+        if !world.outside_v6(outside) {
+            return;
+        }
+        assert_eq!(UserAddresses::of(&fork(1)).v6, None, "the host has no way out");
+        world.default_route_outside_v6();
+        let server = serve(outside, (OUTSIDE_V6, 80));
+        let (_process, guest) = open(world, 1, &forwards(&["8080:80"]));
+        let (own, _) = UserAddresses::of(&fork(1)).v6.unwrap();
+        assert_eq!(call_from(&guest.namespace, server).unwrap(), HOST_V6);
+        assert_eq!(call_from(&guest.namespace, serve(outside, (OUTSIDE, 80))).unwrap(), HOST);
+        serve_who_speaks(&guest.namespace, (own, 80).into());
+        assert_eq!(namespace::within(outside, || speak((HOST_V6, 8080))).unwrap(), OUTSIDE_V6);
     });
 }
 
