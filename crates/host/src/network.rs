@@ -1,0 +1,162 @@
+//! Which network forks have, on the host's side: what may be asked for, what is noted of it, and how it is found again.
+
+use std::{
+    fmt, io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    str::FromStr,
+    time::Duration,
+};
+
+use identity::ForkId;
+use net::{DEFAULT_PAUSE, LinkError, Network, Policy};
+use serde::{Deserialize, Serialize};
+
+use crate::home::Home;
+
+/// How long a fork's network ack is awaited when the caller does not say, from the moment its identity was acknowledged.
+pub const DEFAULT_NETWORK_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest time a caller may ask for: as long as the guest goes on sending it.
+pub const MAX_NETWORK_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What a fork's network card leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// Nothing.
+    #[default]
+    None,
+    /// A tap in a network namespace of its own; needs root.
+    Tap,
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::None => "none",
+            Self::Tap => "tap",
+        })
+    }
+}
+
+impl FromStr for Mode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Self::None),
+            "tap" => Ok(Self::Tap),
+            _ => Err("a network is none or tap".into()),
+        }
+    }
+}
+
+/// What the caller may do without more privilege than it has.
+#[must_use]
+pub fn default_mode() -> Mode {
+    if net::missing_capability().is_none() { Mode::Tap } else { Mode::None }
+}
+
+/// What becomes of a fork whose network is not acknowledged in time, where nobody waits for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnFailure {
+    /// It is destroyed.
+    #[default]
+    Kill,
+    /// It lives on, with its network closed.
+    Keep,
+}
+
+/// What a caller asks of a fork's network.
+#[derive(Debug, Clone, Default)]
+pub struct NetworkRequest {
+    /// What the card leads to; without it, [`default_mode`] if the template has a card.
+    pub mode: Option<Mode>,
+    /// What may pass.
+    pub policy: Policy,
+    /// DNS servers; without it, the host's.
+    pub dns: Option<Vec<IpAddr>>,
+    /// How long the ack is awaited; zero is [`DEFAULT_NETWORK_TIMEOUT`].
+    pub timeout: Duration,
+    /// Whether the fork counts as made before its network is acknowledged; then what to do if that does not happen.
+    pub later: Option<OnFailure>,
+}
+
+impl NetworkRequest {
+    /// How long the ack is awaited.
+    #[must_use]
+    pub fn timeout(&self) -> Duration {
+        if self.timeout.is_zero() { DEFAULT_NETWORK_TIMEOUT } else { self.timeout }
+    }
+}
+
+/// How far a fork's network is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NetworkState {
+    /// It is acknowledged, and open.
+    Acknowledged,
+    /// It is not acknowledged yet; somebody waits for it. Nothing passes.
+    Waiting,
+    /// It was not acknowledged in time. Nothing passes.
+    Failed,
+}
+
+/// How a fork's network came to be acknowledged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Way {
+    /// By the fork's own datagram.
+    Datagram,
+    /// So, after the host had its network configured again over the control channel.
+    Reconfigured,
+    /// So, after commands in the guest.
+    Commands,
+}
+
+/// What is known of a fork's network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkReport {
+    /// What the card leads to.
+    pub mode: Mode,
+    /// The card's address.
+    pub mac: String,
+    /// IPv4 address.
+    pub ipv4: Option<Ipv4Addr>,
+    /// IPv6 address.
+    pub ipv6: Option<Ipv6Addr>,
+    /// IPv4 gateway.
+    pub gateway: Option<Ipv4Addr>,
+    /// DNS servers.
+    pub dns: Vec<IpAddr>,
+    /// What may pass.
+    pub policy: Policy,
+    /// How far it is.
+    pub state: NetworkState,
+    /// How it came to be acknowledged.
+    pub way: Option<Way>,
+    /// From the resume to the fork's own datagram, in microseconds.
+    pub acked_micros: Option<u64>,
+    /// What went wrong on the way there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub troubles: Vec<String>,
+}
+
+/// The network of this host, for forks of this home.
+///
+/// # Errors
+/// [`LinkError`].
+pub fn open(home: &Home) -> Result<Network, LinkError> {
+    Ok(Network::open(&home.network, home.pool, DEFAULT_PAUSE)?.for_home(&home.state))
+}
+
+/// The same, if there ever was one: looking for it makes nothing.
+pub(crate) fn existing(home: &Home) -> Result<Option<Network>, LinkError> {
+    if home.network.is_dir() { open(home).map(Some) } else { Ok(None) }
+}
+
+/// Removes what a fork had. That it had nothing is fine.
+pub(crate) fn remove(home: &Home, id: &ForkId) -> io::Result<()> {
+    let remove = || existing(home)?.map_or(Ok(()), |network| network.remove(id));
+    remove().map_err(io::Error::other)
+}
