@@ -36,7 +36,7 @@ fn files(root_image: &str, directory: &Path) -> Result<DeviceFiles, Failure> {
         ack: File::options().write(true).open("/dev/null")?.into(),
         channels: channels.collect::<Result<_, _>>()?,
         console: Some(console.into()),
-        tap: None,
+        network: None,
     })
 }
 

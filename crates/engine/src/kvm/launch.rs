@@ -11,14 +11,14 @@ use std::{
 use vmm::{
     config::MachineConfig,
     worker::{
-        launch::{Launch, Purpose as WorkerPurpose, Start},
+        launch::{Launch, Network, Purpose as WorkerPurpose, Start},
         protocol::Request,
     },
 };
 
 use super::{control::Control, never_ran, open_kvm};
 use crate::{
-    Confinement, EngineError, Machine, ProcessRef,
+    Confinement, EngineError, Machine, NetworkEnd, ProcessRef,
     machine_dir::{self, KERNEL_COMMAND_LINE, MachineDir},
     machine_process::{Jail, MachineProcess, Purpose, spawn},
 };
@@ -35,6 +35,16 @@ pub(super) enum Source {
     Restore { memory: File, state: File, pages: Option<File> },
 }
 
+/// What a worker's machine has, wherever its guest begins.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Parts<'a> {
+    pub(super) dir: &'a Path,
+    pub(super) machine: Machine,
+    pub(super) root_image: &'a Path,
+    pub(super) network: Option<NetworkEnd<'a>>,
+    pub(super) confinement: &'a Confinement<'a>,
+}
+
 /// A worker with a loaded machine. Its process ends with this value unless it is released.
 #[derive(Debug)]
 pub(super) struct Worker {
@@ -46,16 +56,14 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    /// Starts one in `dir` and waits until its machine is loaded.
+    /// Starts one and waits until its machine is loaded.
     pub(super) fn launch(
         program: &Path,
-        dir: &Path,
-        machine: Machine,
-        root_image: &Path,
+        parts: Parts<'_>,
         source: Source,
-        confinement: &Confinement<'_>,
         purpose: Purpose,
     ) -> Result<Self, EngineError> {
+        let Parts { dir, machine, root_image, network, confinement } = parts;
         let during = "loading the machine";
         let control = |source| EngineError::Control { during, source };
         let own = MachineDir::new(dir)?;
@@ -79,6 +87,11 @@ impl Worker {
             root_image: root_image.as_raw_fd(),
             ack: own.ack_write.as_raw_fd(),
             channels: own.channels.iter().map(AsRawFd::as_raw_fd).collect(),
+            network: machine.network.then(|| match network {
+                None => Network::Unconnected,
+                Some(NetworkEnd::Tap(fd)) => Network::Tap(fd.as_raw_fd()),
+                Some(NetworkEnd::Stream(fd)) => Network::Stream(fd.as_raw_fd()),
+            }),
             held: vec![own.ack_hold.as_raw_fd()],
             start,
         };

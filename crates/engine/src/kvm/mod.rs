@@ -32,7 +32,7 @@ use crate::{
     vm::{PausedBackend, SpareBackend},
 };
 use control::WorkerMemory;
-use launch::{Source, Worker};
+use launch::{Parts, Source, Worker};
 
 /// Time for an answer that moves no data.
 const COMMAND_LIMIT: Duration = Duration::from_secs(10);
@@ -65,7 +65,14 @@ impl KvmEngine {
             // It may not be there yet.
             pages: spec.pages_file.and_then(|path| File::open(path).ok()),
         };
-        Worker::launch(&self.program, spec.dir, spec.machine, spec.root_image, source, &spec.confinement, purpose)
+        let parts = Parts {
+            dir: spec.dir,
+            machine: spec.machine,
+            root_image: spec.root_image,
+            network: spec.network_end()?,
+            confinement: &spec.confinement,
+        };
+        Worker::launch(&self.program, parts, source, purpose)
     }
 
     fn launch_boot(&self, spec: &BootSpec<'_>, initramfs: Option<&Path>) -> Result<Worker, EngineError> {
@@ -76,15 +83,14 @@ impl KvmEngine {
             initramfs: initramfs.map(machine_dir::open).transpose()?,
             console: machine_dir::make_console(spec.dir)?,
         };
-        let worker = Worker::launch(
-            &self.program,
-            spec.dir,
-            spec.machine,
-            spec.root_image,
-            source,
-            &spec.confinement,
-            Purpose::Template,
-        )?;
+        let parts = Parts {
+            dir: spec.dir,
+            machine: spec.machine,
+            root_image: spec.root_image,
+            network: None,
+            confinement: &spec.confinement,
+        };
+        let worker = Worker::launch(&self.program, parts, source, Purpose::Template)?;
         worker.run(&Request::Resume, None, COMMAND_LIMIT, "starting")?;
         Ok(worker)
     }

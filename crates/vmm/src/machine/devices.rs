@@ -20,7 +20,7 @@ use crate::{
         GENERATION_GSI, GENERATION_PORT, KEYBOARD_PORT, KEYBOARD_PORTS, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS,
         VIRTIO_MMIO_BYTES, virtio_slot,
     },
-    virtio::{Block, Console, LoadError, MmioTransport, Net, Rng, VirtioDevice, connect},
+    virtio::{Block, Cable, Console, LoadError, MmioTransport, Net, Rng, VirtioDevice, connect},
 };
 
 /// What the devices of a machine are connected to on the host.
@@ -36,9 +36,8 @@ pub struct DeviceFiles {
     pub channels: Vec<UnixListener>,
     /// Where the serial console's output goes: a regular file, or something that never blocks. `None` drops it.
     pub console: Option<File>,
-    /// Network interface, if the machine has one: a tap (`IFF_TAP | IFF_NO_PI`), or a datagram socket with a frame in each. A copy
-    /// needs one if the template had one.
-    pub tap: Option<OwnedFd>,
+    /// What the network card is connected to; `None` if the machine has no card. A copy has one if the template had one.
+    pub network: Option<Cable>,
 }
 
 /// Names of devices in the state file.
@@ -99,8 +98,8 @@ impl Devices {
             (PORTS, Box::new(Console::offshoot(files.ack, files.channels)?)),
             (RANDOM, Box::new(Rng::new())),
         ];
-        if let Some(tap) = files.tap {
-            let card = Net::new(tap, NETWORK_MAC).map_err(MachineError::resources("its network interface"))?;
+        if let Some(cable) = files.network {
+            let card = Net::new(cable, NETWORK_MAC).map_err(MachineError::resources("its network card"))?;
             devices.push((NETWORK, Box::new(card)));
         }
         let mut virtio = Vec::with_capacity(devices.len());

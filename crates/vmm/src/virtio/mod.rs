@@ -24,7 +24,7 @@ pub use block::Block;
 pub use chain::{Chain, Queues, Segment};
 pub use console::{Console, ConsoleError, HostEnd, PortConfig};
 pub use mmio::{MmioTransport, connect};
-pub use net::Net;
+pub use net::{Cable, Net};
 pub use rng::Rng;
 
 use std::{fmt::Debug, io};

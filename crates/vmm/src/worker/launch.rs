@@ -48,6 +48,18 @@ pub enum Start {
     },
 }
 
+/// What the machine's network card is connected to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Network {
+    /// Nothing.
+    Unconnected,
+    /// A tap: each read and each write is one frame.
+    Tap(RawFd),
+    /// A stream socket: each frame has its length before it, 4 bytes, big endian.
+    Stream(RawFd),
+}
+
 /// Everything a worker is told.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -72,6 +84,8 @@ pub struct Launch {
     pub ack: RawFd,
     /// Listening sockets of the control channels.
     pub channels: Vec<RawFd>,
+    /// The network card, if the machine has one; a captured state must have the same.
+    pub network: Option<Network>,
     /// Only to be kept open.
     pub held: Vec<RawFd>,
     /// How the guest begins.
@@ -110,6 +124,10 @@ impl Launch {
         let mut all = vec![self.kvm, self.control, self.memory, self.root_image, self.ack];
         all.extend(&self.channels);
         all.extend(&self.held);
+        match self.network {
+            None | Some(Network::Unconnected) => {}
+            Some(Network::Tap(number) | Network::Stream(number)) => all.push(number),
+        }
         match &self.start {
             Start::Boot { kernel, initramfs, console, .. } => {
                 all.extend([*kernel, *console]);
@@ -166,4 +184,39 @@ fn close_range(first: RawFd, last: RawFd) -> io::Result<()> {
 pub(super) unsafe fn take(number: RawFd) -> OwnedFd {
     // SAFETY: it is open (checked), and by the caller's word nothing else owns it.
     unsafe { OwnedFd::from_raw_fd(number) }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_card_is_connected_to_is_inherited_like_the_rest() {
+        let mut launch = Launch {
+            purpose: Purpose::Fork,
+            user: None,
+            namespaces: false,
+            machine: MachineConfig { memory_bytes: 4 << 20, vcpus: 1 },
+            kvm: 3,
+            control: 4,
+            memory: 5,
+            root_image: 6,
+            ack: 7,
+            channels: vec![8],
+            network: None,
+            held: vec![9],
+            start: Start::Restore { state: 10, pages: None },
+        };
+        let others = launch.descriptors();
+        assert!(!others.contains(&20));
+        for (network, inherited) in
+            [(Network::Unconnected, false), (Network::Tap(20), true), (Network::Stream(20), true)]
+        {
+            launch.network = Some(network);
+            assert_eq!(launch.descriptors().contains(&20), inherited, "{network:?}");
+            assert_eq!(launch.descriptors().len(), others.len() + usize::from(inherited));
+            assert_eq!(Launch::parse(&serde_json::to_string(&launch).unwrap()).unwrap(), launch);
+        }
+    }
 }

@@ -26,7 +26,7 @@ pub fn load(loading: Loading) -> Result<Machine, Box<dyn Error>> {
         ack: loading.ack,
         channels: loading.channels,
         console: None,
-        tap: None,
+        network: loading.network,
     };
     match loading.source {
         Source::Boot { mut kernel, mut initramfs, command_line, console } => {

@@ -11,11 +11,11 @@ use std::{
 };
 
 use super::{
-    launch::{self, Launch, LaunchError, Purpose, Start},
+    launch::{self, Launch, LaunchError, Network, Purpose, Start},
     seccomp::{self, Role},
     server::{End, Guest, Server},
 };
-use crate::config::MachineConfig;
+use crate::{config::MachineConfig, virtio::Cable};
 
 /// What a machine is loaded from.
 #[derive(Debug)]
@@ -55,6 +55,8 @@ pub struct Loading {
     pub ack: OwnedFd,
     /// Listening sockets of the control channels.
     pub channels: Vec<UnixListener>,
+    /// What the network card is connected to, if there is a card.
+    pub network: Option<Cable>,
     /// Whether nobody waits for the machine yet.
     pub ahead: bool,
     /// Where the guest begins.
@@ -151,6 +153,11 @@ impl Inherited {
                 root_image: take(launch.root_image).into(),
                 ack: take(launch.ack),
                 channels: launch.channels.into_iter().map(|number| take(number).into()).collect(),
+                network: launch.network.map(|network| match network {
+                    Network::Unconnected => Cable::Loose,
+                    Network::Tap(number) => Cable::Tap(take(number)),
+                    Network::Stream(number) => Cable::Stream(take(number)),
+                }),
                 ahead: launch.purpose == Purpose::Spare,
                 source,
             },

@@ -305,6 +305,20 @@ mod tests {
     }
 
     #[test]
+    fn what_a_network_card_does_the_threads_that_do_it_may() {
+        let nobody = u64::MAX;
+        let set_flags = libc::F_SETFL.cast_unsigned().into();
+        let calls = [libc::SYS_read, libc::SYS_write, libc::SYS_sendto, libc::SYS_recvfrom, libc::SYS_close];
+        for role in [Role::Devices, Role::Vcpu] {
+            for call in calls {
+                assert_eq!(end_of(role, call, [nobody, 0, 0]), 0, "{role:?} {call}");
+            }
+        }
+        assert_eq!(end_of(Role::Start, libc::SYS_fcntl, [nobody, set_flags, 0]), 0);
+        assert_eq!(end_of(Role::Vcpu, libc::SYS_fcntl, [nobody, set_flags, 0]), libc::SIGSYS);
+    }
+
+    #[test]
     fn outside_of_a_worker_nothing_is_taken_on() {
         enter(Role::Vcpu).unwrap();
         assert!(std::fs::File::open("/proc/self/status").is_ok());

@@ -5,6 +5,7 @@ mod payload;
 
 use std::{
     collections::HashSet,
+    io::Read,
     os::{
         fd::AsFd,
         unix::fs::{FileExt, MetadataExt},
@@ -13,9 +14,10 @@ use std::{
 };
 
 use offshoot_vmm::{
-    machine::{Exit, Machine, MachineError, Ready},
+    machine::{DeviceFiles, Exit, Machine, MachineError, Ready},
     prefetch::PageList,
     snapshot::Snapshot,
+    virtio::Cable,
 };
 use payload::{COUNT_AND_SAY, ENTRY, Guest, MEMORY, READ_NOWHERE, RESET, TRIPLE_FAULT, WORD, files, memory};
 
@@ -208,6 +210,27 @@ fn memory_and_state_are_only_there_while_nothing_changes_them() {
 }
 
 #[test]
+fn a_card_that_was_captured_loose_is_connected_in_a_copy() {
+    if no_kvm() {
+        return;
+    }
+    let memory = memory();
+    let mut template = Guest::boot_with(COUNT_AND_SAY, 1, &memory, Some(Cable::Loose));
+    let snapshot = template.machine.snapshot().unwrap();
+    assert!(snapshot.devices.contains_key("network"));
+    let console = tempfile::tempfile().unwrap();
+    let (ours, other) = std::os::unix::net::UnixStream::pair().unwrap();
+    for cable in [Cable::Loose, Cable::Stream(ours.into())] {
+        let files = DeviceFiles { network: Some(cable), ..files(&console) };
+        Machine::restore(&snapshot, &memory, files).unwrap().resume();
+    }
+    // Nobody has sent anything, and the copy is gone.
+    assert_eq!((&other).read(&mut [0; 100]).unwrap(), 0);
+    let without = Machine::restore(&snapshot, &memory, files(&console)).map(drop);
+    assert!(matches!(without, Err(MachineError::OtherDevices(name)) if name == "network"));
+}
+
+#[test]
 fn a_state_with_other_devices_or_another_size_is_refused() {
     if no_kvm() {
         return;
@@ -224,7 +247,7 @@ fn a_state_with_other_devices_or_another_size_is_refused() {
         assert!(restore(&damaged).is_err(), "{name}");
     }
     let mut with_network = files(&console);
-    with_network.tap = Some(std::os::unix::net::UnixDatagram::pair().unwrap().0.into());
+    with_network.network = Some(Cable::Loose);
     let refused = Machine::restore(&snapshot, &memory, with_network).map(drop);
     assert!(matches!(refused, Err(MachineError::OtherDevices(name)) if name == "network"));
     let mut more = snapshot.clone();

@@ -10,6 +10,7 @@ use std::{
 use offshoot_vmm::{
     config::MachineConfig,
     machine::{DeviceFiles, Machine, Ready},
+    virtio::Cable,
 };
 
 /// Where the payload is loaded and begins.
@@ -62,7 +63,7 @@ pub fn files(console: &File) -> DeviceFiles {
         ack: File::options().write(true).open("/dev/null").unwrap().into(),
         channels: Vec::new(),
         console: Some(console.try_clone().unwrap()),
-        tap: None,
+        network: None,
     }
 }
 
@@ -97,9 +98,15 @@ fn kernel(code: &[u8]) -> File {
 impl Guest {
     /// Boots the payload; the machine is paused before its first instruction.
     pub fn boot(code: &[u8], vcpus: u8, memory: &File) -> Self {
+        Self::boot_with(code, vcpus, memory, None)
+    }
+
+    /// The same, with a network card or without.
+    pub fn boot_with(code: &[u8], vcpus: u8, memory: &File, network: Option<Cable>) -> Self {
         let console = tempfile::tempfile().unwrap();
         let config = MachineConfig { memory_bytes: MEMORY, vcpus };
-        let machine = Machine::boot(config, memory, &mut kernel(code), None, "", files(&console)).unwrap();
+        let files = DeviceFiles { network, ..files(&console) };
+        let machine = Machine::boot(config, memory, &mut kernel(code), None, "", files).unwrap();
         Self { machine, console }
     }
 

@@ -82,6 +82,7 @@ impl Worker {
             root_image: root_image.as_raw_fd(),
             ack: ack.as_raw_fd(),
             channels: Vec::new(),
+            network: None,
             held: Vec::new(),
             start: Start::Restore { state: state.as_raw_fd(), pages: None },
         };

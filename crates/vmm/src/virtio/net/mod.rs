@@ -1,13 +1,17 @@
-//! A network card at a tap interface.
+//! A network card.
 //!
 //! No offloads: neither side leaves checksums or cutting to the other, so the header before each frame carries nothing. It
 //! is made here in one direction and skipped in the other, and the tap has none (`IFF_TAP | IFF_NO_PI`, no `IFF_VNET_HDR`):
 //! what a guest writes there never reaches the host's kernel.
+//!
+//! What the card is connected to is no part of its state: a template's is connected to nothing, and each fork's to what it is given.
 
-use std::{io, os::fd::OwnedFd};
+mod cable;
 
-use rustix::{fs::OFlags, io::Errno};
+use std::io;
 
+pub use self::cable::Cable;
+use self::cable::{LENGTH_BYTES, Plug, Received};
 use super::{Kind, Progress, QueueError, Queues, VirtioDevice, read_config_bytes};
 use crate::events::{HostEvent, Watcher};
 
@@ -32,45 +36,33 @@ const TURN_FRAMES: usize = 128;
 /// A network card.
 #[derive(Debug)]
 pub struct Net {
-    tap: OwnedFd,
+    plug: Plug,
     mac: [u8; 6],
-    /// The last read, and the last write, did not say "would block".
-    readable: bool,
-    writable: bool,
+    /// A frame on its way, after what goes before it: the guest's header, or a stream's length.
     frame: Box<[u8]>,
 }
 
 impl Net {
-    /// A card with this address. The tap is a descriptor on which each read and each write is one frame; it becomes
-    /// non-blocking.
+    /// A card with this address. What it is connected to becomes non-blocking.
     ///
     /// # Errors
     /// If the descriptor can not be made so.
-    pub fn new(tap: OwnedFd, mac: [u8; 6]) -> io::Result<Self> {
-        let flags = rustix::fs::fcntl_getfl(&tap)?;
-        rustix::fs::fcntl_setfl(&tap, flags | OFlags::NONBLOCK)?;
+    pub fn new(cable: Cable, mac: [u8; 6]) -> io::Result<Self> {
         let frame = vec![0; HEADER_BYTES + FRAME_MAX].into_boxed_slice();
-        Ok(Self { tap, mac, readable: true, writable: true, frame })
+        Ok(Self { plug: Plug::new(cable)?, mac, frame })
     }
 
-    /// Frames from the host. Without a buffer of the guest's none is taken: the interface's queue is the one that fills.
+    /// Frames from the host. Without a buffer of the guest's none is taken: the host's queue is the one that fills.
     fn receive(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
         for _ in 0..TURN_FRAMES {
-            if !self.readable {
-                return Ok(Progress::Done);
-            }
             let Some(chain) = queues.next(RECEIVE)? else { return Ok(Progress::Done) };
             let (header, body) = self.frame.split_at_mut(HEADER_BYTES);
-            header.copy_from_slice(&HEADER);
-            let count = match rustix::io::read(&self.tap, body) {
-                Ok(count) => count,
-                Err(Errno::INTR) => continue,
-                // Would block; or an interface that is gone, which has nothing to say any more either.
-                Err(_) => {
-                    self.readable = false;
-                    continue;
-                }
+            let count = match self.plug.receive(body) {
+                Received::Nothing => return Ok(Progress::Done),
+                Received::Piece => continue,
+                Received::Frame(count) => count,
             };
+            header.copy_from_slice(&HEADER);
             let bytes = self.frame.get(..HEADER_BYTES + count).unwrap_or_default();
             // One that does not fit is lost, as on any network.
             if count > 0 && chain.writable_bytes() >= u64::try_from(bytes.len()).unwrap_or(u64::MAX) {
@@ -84,26 +76,15 @@ impl Net {
     /// Frames from the guest.
     fn transmit(&mut self, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
         for _ in 0..queues.waiting(TRANSMIT)? {
-            if !self.writable {
-                break;
-            }
             let Some(chain) = queues.next(TRANSMIT)? else { break };
             let header = u64::try_from(HEADER_BYTES).unwrap_or_default();
             let bytes = chain.readable_bytes().checked_sub(header).and_then(|bytes| usize::try_from(bytes).ok());
             if let Some(count @ 1..=FRAME_MAX) = bytes {
-                let frame = self.frame.get_mut(..count).unwrap_or_default();
-                chain.read(queues.memory(), header, frame)?;
-                let sent = loop {
-                    match rustix::io::write(&self.tap, frame) {
-                        Err(Errno::INTR) => {}
-                        other => break other,
-                    }
-                };
-                if sent == Err(Errno::AGAIN) {
-                    self.writable = false;
+                let room_and_frame = self.frame.get_mut(..LENGTH_BYTES + count).unwrap_or_default();
+                chain.read(queues.memory(), header, room_and_frame.get_mut(LENGTH_BYTES..).unwrap_or_default())?;
+                if !self.plug.send(room_and_frame) {
                     break;
                 }
-                // What else is wrong with a frame is not the guest's to know: on a network it would be lost.
             }
             queues.complete(&chain, 0)?;
         }
@@ -136,14 +117,14 @@ impl VirtioDevice for Net {
     }
 
     fn attach(&mut self, watcher: Watcher) -> io::Result<()> {
-        watcher.add(&self.tap, 0)
+        self.plug.descriptor().map_or(Ok(()), |descriptor| watcher.add(descriptor, 0))
     }
 
     fn host_event(&mut self, event: HostEvent, queues: &mut Queues<'_>) -> Result<Progress, QueueError> {
         if let HostEvent::Ready(_, readiness) = event {
-            self.readable |= readiness.readable;
-            self.writable |= readiness.writable;
+            self.plug.ready(readiness);
         }
+        self.plug.flush();
         // Never more than a queue full, so there is no more to do after it than the next notification says.
         let _ = self.transmit(queues)?;
         self.receive(queues)
