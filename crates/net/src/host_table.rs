@@ -67,6 +67,14 @@ pub(crate) fn ensure(state: &State, forward_v6: bool) -> Result<(), LinkError> {
     table.commit().map_err(step("writing the packet rules"))
 }
 
+/// Makes the table without any ports and nets, in a namespace where there is none.
+pub(crate) fn make_empty() -> io::Result<()> {
+    let mut table = Transaction::default();
+    table.table(TABLE);
+    add_chains(&mut table);
+    table.commit()
+}
+
 /// Whether the table is there.
 pub(crate) fn is_there() -> io::Result<bool> {
     nft::has_chain(TABLE, LAYOUT)

@@ -313,7 +313,7 @@ impl Network {
 }
 
 /// Lets a namespace forward, and keeps its own kernel from saying anything unasked.
-fn set_up_routing(v6: bool) -> std::io::Result<()> {
+pub(crate) fn set_up_routing(v6: bool) -> std::io::Result<()> {
     namespace::set("ipv4/ip_forward", "1")?;
     if v6 {
         // Before there are links: they begin with the defaults. No address of their own, no search for duplicates, no routers.

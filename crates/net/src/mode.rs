@@ -42,7 +42,7 @@ impl Mode {
 
     /// The best that this caller can have here: `tap` if it has the rights and the host has taps, else `user` if passt is installed, else `none`.
     ///
-    /// It looks, and tries nothing.
+    /// It looks, and tries nothing: [`missing`](crate::missing()) does.
     #[must_use]
     pub fn default_here() -> Self {
         let tun = || OpenOptions::new().read(true).write(true).open("/dev/net/tun").is_ok();

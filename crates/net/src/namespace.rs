@@ -27,7 +27,9 @@ const OWN: &str = "/proc/thread-self/ns/net";
 ///
 /// # Errors
 /// There can be no more threads, or `work`'s own.
-fn on_own_thread<T: Send, E: From<io::Error> + Send>(work: impl FnOnce() -> Result<T, E> + Send) -> Result<T, E> {
+pub(crate) fn on_own_thread<T: Send, E: From<io::Error> + Send>(
+    work: impl FnOnce() -> Result<T, E> + Send,
+) -> Result<T, E> {
     #[cfg(test)]
     let failing = crate::fault::tests::failing();
     #[cfg(test)]
