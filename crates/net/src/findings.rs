@@ -1,4 +1,4 @@
-//! What a host or a caller lacks for a mode, each with what helps: for `doctor`.
+//! What a host or a caller lacks for a mode, and what is not safe there, each with what helps: for `doctor`.
 //!
 //! It is found out by trying: all that a link is made of is made once, in a network namespace that ends with the trial. Modules of the
 //! kernel are loaded by that, where the host allows it.
@@ -19,25 +19,25 @@ use crate::{
     policy::{Policy, Rate},
     rules::{self, TAP, WIRE},
     tap::{self, TapOptions},
-    user::{RunAs, UserAddresses, UserError, UserLink},
+    user::{self, RunAs, UserAddresses, UserError, UserLink},
 };
 
-/// Something that a mode needs and that is not there.
+/// Something that a mode needs and that is not there, or that people should know.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Missing {
+pub struct Finding {
     /// What, and the kernel's or the program's word on it.
     pub what: String,
     /// What helps: a command, or what to choose instead.
     pub help: String,
 }
 
-impl fmt::Display for Missing {
+impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.what, self.help)
     }
 }
 
-impl Missing {
+impl Finding {
     fn new(what: impl Into<String>, help: impl Into<String>) -> Self {
         Self { what: what.into(), help: help.into() }
     }
@@ -46,7 +46,7 @@ impl Missing {
 /// What is missing for a mode, as far as can be told before the first of it is there: nothing is asked of the kernel without the right to.
 /// Nothing is left behind. It takes some 50 ms.
 #[must_use]
-pub fn missing(mode: Mode) -> Vec<Missing> {
+pub fn missing(mode: Mode) -> Vec<Finding> {
     match mode {
         Mode::None => Vec::new(),
         Mode::User => missing_for_user().into_iter().collect(),
@@ -54,10 +54,10 @@ pub fn missing(mode: Mode) -> Vec<Missing> {
     }
 }
 
-fn missing_for_tap() -> Vec<Missing> {
+fn missing_for_tap() -> Vec<Finding> {
     let mut missing = Vec::new();
     if let Some(capability) = missing_capability() {
-        missing.push(Missing::new(
+        missing.push(Finding::new(
             format!("the capability {capability} is missing"),
             "run offshoot as root (sudo offshoot …), or choose the network `user`",
         ));
@@ -67,22 +67,22 @@ fn missing_for_tap() -> Vec<Missing> {
             io::ErrorKind::PermissionDenied => "run offshoot as root",
             _ => "modprobe tun (for a container: --device /dev/net/tun)",
         };
-        missing.push(Missing::new(format!("/dev/net/tun can not be opened ({error})"), help));
+        missing.push(Finding::new(format!("/dev/net/tun can not be opened ({error})"), help));
     }
     // Without the right to try, a refusal would say nothing about the host.
     if missing.is_empty() {
         let trial = namespace::on_own_thread(|| Ok::<_, io::Error>(trial()));
-        missing.extend(trial.unwrap_or_else(|error| vec![Missing::new("no thread can be started", error.to_string())]));
+        missing.extend(trial.unwrap_or_else(|error| vec![Finding::new("no thread can be started", error.to_string())]));
     }
     missing
 }
 
 /// Makes one of each, in a namespace of the calling thread's own.
-fn trial() -> Vec<Missing> {
+fn trial() -> Vec<Finding> {
     // SAFETY: what must not be unshared is the table of file descriptors; a network namespace has no part in memory safety.
     if let Err(error) = unsafe { unshare_unsafe(UnshareFlags::NEWNET) } {
         let what = format!("no network namespace can be made ({})", io::Error::from(error));
-        return vec![Missing::new(what, "sysctl -w user.max_net_namespaces=65536 (for a container: --privileged)")];
+        return vec![Finding::new(what, "sysctl -w user.max_net_namespaces=65536 (for a container: --privileged)")];
     }
     let addresses = Pool::default().addresses(Pool::default().gateway());
     let wire = || -> io::Result<()> {
@@ -117,13 +117,36 @@ fn trial() -> Vec<Missing> {
         ("a tap with a rate can not be made", rate(), "modprobe -a tun sch_tbf"),
     ];
     let lacking = |(what, result, help): (&str, io::Result<()>, &str)| {
-        result.err().map(|error| Missing::new(format!("{what} ({error})"), help))
+        result.err().map(|error| Finding::new(format!("{what} ({error})"), help))
     };
     results.into_iter().filter_map(lacking).collect()
 }
 
+/// What people should know before they use a mode here. It is found out by trying, too, and takes some 200 ms.
+#[must_use]
+pub fn risks(mode: Mode) -> Vec<Finding> {
+    match mode {
+        Mode::None | Mode::Tap => Vec::new(),
+        Mode::User => user_risks().unwrap_or_default(),
+    }
+}
+
+fn user_risks() -> Result<Vec<Finding>, UserError> {
+    let mut risks = vec![Finding::new(
+        "forks with the network `user` reach the host's services on its addresses, and metadata services of clouds",
+        "for guests that are not trusted choose the network `tap`",
+    )];
+    if user::reaches_loopback()? {
+        risks.push(Finding::new(
+            "forks with the network `user` reach the host's services on 127.0.0.1: this passt lets them",
+            "install a newer passt (that of Debian 13 does not), or choose the network `tap`",
+        ));
+    }
+    Ok(risks)
+}
+
 /// Starts passt for a machine that is none, and ends it.
-fn missing_for_user() -> Option<Missing> {
+fn missing_for_user() -> Option<Finding> {
     let nobody = ForkId::parse(&"0".repeat(20)).ok()?;
     let trial = UserLink::new(UserAddresses::of(&nobody)).and_then(|(link, machine)| {
         let process = link.start(&Policy::default(), RunAs::default());
@@ -133,8 +156,8 @@ fn missing_for_user() -> Option<Missing> {
     let install = "install the package passt (Debian and Ubuntu: apt-get install passt; Fedora: dnf install passt)";
     match trial {
         Ok(_) => None,
-        Err(UserError::NoPasst) => Some(Missing::new("the program passt is not installed", install)),
-        Err(error) => Some(Missing::new(
+        Err(UserError::NoPasst) => Some(Finding::new("the program passt is not installed", install)),
+        Err(error) => Some(Finding::new(
             error.to_string(),
             "if it may make no user namespace: sysctl -w kernel.unprivileged_userns_clone=1 user.max_user_namespaces=65536",
         )),
@@ -158,7 +181,7 @@ mod tests {
         assert_eq!(missing(Mode::Tap), []);
         assert_eq!(missing(Mode::None), []);
         assert_eq!(links(), before);
-        if crate::user::find_passt().is_some() {
+        if user::find_passt().is_some() {
             assert_eq!(missing(Mode::User), []);
         }
     }
