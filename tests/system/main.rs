@@ -10,6 +10,7 @@ mod idle;
 mod isolation;
 mod limits;
 mod mailboxes;
+mod network;
 mod own_rootfs;
 mod pool;
 mod recovery;

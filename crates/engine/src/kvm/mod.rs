@@ -52,7 +52,14 @@ impl KvmEngine {
     /// # Errors
     /// [`EngineError::Missing`] without the program, [`EngineError::File`] without the device.
     pub fn find() -> Result<Self, EngineError> {
-        let program = program()?;
+        Self::with_worker(program()?)
+    }
+
+    /// The same, with the worker's program given.
+    ///
+    /// # Errors
+    /// [`EngineError::File`] without the device.
+    pub fn with_worker(program: PathBuf) -> Result<Self, EngineError> {
         open_kvm()?;
         let version = format!("{}+state.{}", vmm::worker::BUILD, vmm::snapshot::VERSION);
         Ok(Self { program, info: EngineInfo { name: EngineName::Kvm, version, accel: Accel::Kvm } })
