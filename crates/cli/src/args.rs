@@ -1,11 +1,13 @@
 //! What can be typed. Everything that has a form is parsed here, at the door; what would put a secret into an error
 //! message (clap repeats what it refuses) is taken as text and parsed by the verb.
 
-use std::{path::PathBuf, time::Duration};
+use std::{net::IpAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
+use host::network::Mode;
 use identity::{ForkName, MailboxName, Tag};
+use net::{Egress, Forward, NetName};
 
 use crate::values;
 
@@ -29,7 +31,8 @@ Exit codes:
 Environment:
   OFFSHOOT_DATA_DIR    templates             OFFSHOOT_CACHE_DIR   kernels and root images
   OFFSHOOT_STATE_DIR   forks                 OFFSHOOT_VMM         the program offshoot-vmm
-  OFFSHOOT_ENGINE      what build uses       NO_COLOR, CLICOLOR=0   no colour"
+  OFFSHOOT_ENGINE      what build uses       OFFSHOOT_NETWORK     what fork uses
+  OFFSHOOT_NETWORK_POOL  forks' addresses    NO_COLOR, CLICOLOR=0   no colour"
 )]
 pub struct Cli {
     /// Print JSON instead of text; errors too (docs/json.md has every field)
@@ -174,6 +177,7 @@ Examples:
   offshoot fork py --env REGION=eu --secret API_KEY=env:API_KEY
   offshoot fork py --secret TLS_KEY=@key.pem --file /etc/app.toml=@app.toml:0600
   offshoot fork web --mailbox app:config='{\"shard\":7}' --wait-ack app:config
+  offshoot fork web -p 8080:80 --egress 10.0.0.0/8          or deny; forks with --net NAME share a net
 
 A secret is read from a file or a variable, because everybody on this machine can read the
 arguments of a command. In the fork it is a file of mode 0400 under the identity directory,
@@ -221,6 +225,36 @@ pub struct Fork {
     /// Most processes and threads of the workload
     #[arg(long, value_name = "N")]
     pub pids: Option<u64>,
+    /// Network
+    #[command(flatten)]
+    pub network: Network,
+}
+
+/// A fork's network.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Network")]
+pub struct Network {
+    /// What the network card leads to [default: tap for root, else none]
+    #[arg(long, value_name = "none|user|tap", env = "OFFSHOOT_NETWORK", hide_env_values = true)]
+    pub network: Option<Mode>,
+    /// Where connections of the fork may go: allow (anywhere but the host, other forks and link-local addresses), deny, or ranges
+    #[arg(long, value_name = "allow|deny|CIDR,…", default_value = "allow", hide_default_value = true)]
+    pub egress: Egress,
+    /// Net that forks share: those of the same name reach each other
+    #[arg(long, value_name = "NAME")]
+    pub net: Option<NetName>,
+    /// Port of this host that leads to a port of the fork (repeatable)
+    #[arg(short = 'p', long, value_name = "HOST:GUEST[/udp]")]
+    pub publish: Vec<Forward>,
+    /// Most bytes per second in each direction, for example 10M
+    #[arg(long, value_name = "SIZE", value_parser = values::size)]
+    pub rate: Option<u64>,
+    /// DNS server (repeatable) [default: this host's, as far as a fork can reach them]
+    #[arg(long, value_name = "ADDRESS")]
+    pub dns: Vec<IpAddr>,
+    /// How long to wait for the fork's network, up to 30000; 0 is the default of 10000
+    #[arg(long, value_name = "MS", default_value_t = 0, hide_default_value = true)]
+    pub network_timeout_ms: u64,
 }
 
 /// `exec`

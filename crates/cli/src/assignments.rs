@@ -32,6 +32,9 @@ pub enum AssignmentError {
         /// Its form.
         form: &'static str,
     },
+    /// What may pass a fork's network can not be so.
+    #[error(transparent)]
+    Policy(#[from] net::PolicyError),
     /// The name is not valid.
     #[error("{option}: {source}")]
     Name {
@@ -126,6 +129,7 @@ impl Coded for AssignmentError {
             Self::NotAFile { .. } => "not_a_file_argument",
             Self::NoPayload { .. } => "mailbox_without_payload",
             Self::NegativeAckTimeout(_) => "negative_ack_timeout",
+            Self::Policy(_) => "network_policy_invalid",
         }
     }
 

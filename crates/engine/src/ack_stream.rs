@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::{self, Read},
-    os::fd::OwnedFd,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::{Duration, Instant},
 };
 
@@ -53,5 +53,12 @@ impl AckStream {
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+}
+
+impl AsFd for AckStream {
+    /// For waiting on several things together.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }

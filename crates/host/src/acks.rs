@@ -3,11 +3,13 @@
 use std::{
     collections::BTreeMap,
     io,
+    os::fd::{AsFd, BorrowedFd},
     time::{Duration, Instant},
 };
 
 use engine::AckStream;
 use identity::{Ack, AckKey, ForkId, MailboxName, Stage, ack::MAX_LINE};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
 
 /// Most bytes a fork may send before its acks are complete: 17 acks fit ten times over.
@@ -58,13 +60,15 @@ pub struct Received {
     pub at: Instant,
 }
 
-/// What is awaited.
+/// What is awaited, and what has come.
 #[derive(Debug)]
 pub struct Waiter {
     fork: ForkId,
     keys: BTreeMap<MailboxName, AckKey>,
+    start: Instant,
     wanted: BTreeMap<MailboxName, Duration>,
     received: BTreeMap<MailboxName, Received>,
+    network_pending: Option<String>,
     rejected: usize,
     bytes: usize,
     line: Vec<u8>,
@@ -72,14 +76,17 @@ pub struct Waiter {
 }
 
 impl Waiter {
-    /// For a fork; `keys` are those of all mailboxes that got a payload.
+    /// For a fork; `keys` are those of all mailboxes that got a payload. The clock of every deadline starts now, and again with
+    /// [`Waiter::start`].
     #[must_use]
     pub fn new(fork: ForkId, keys: BTreeMap<MailboxName, AckKey>) -> Self {
         Self {
             fork,
             keys,
+            start: Instant::now(),
             wanted: BTreeMap::new(),
             received: BTreeMap::new(),
+            network_pending: None,
             rejected: 0,
             bytes: 0,
             line: Vec::new(),
@@ -87,34 +94,110 @@ impl Waiter {
         }
     }
 
-    /// Adds a mailbox that must acknowledge within `limit` of the start of the wait.
+    /// Adds a mailbox that must acknowledge within `limit` of the start.
     pub fn want(&mut self, mailbox: MailboxName, limit: Duration) {
         self.wanted.insert(mailbox, limit);
     }
 
-    /// Waits until everything wanted is there.
+    /// The fork runs from now on.
+    pub fn start(&mut self) {
+        self.start = Instant::now();
+    }
+
+    /// What a mailbox has acknowledged with, if it has.
+    #[must_use]
+    pub fn received(&self, mailbox: &MailboxName) -> Option<&Received> {
+        self.received.get(mailbox)
+    }
+
+    /// Why the guest waits for its network to be configured again, if it said so since this was asked last.
+    pub fn take_network_pending(&mut self) -> Option<String> {
+        self.network_pending.take()
+    }
+
+    /// Everything that was acknowledged.
+    #[must_use]
+    pub fn into_received(self) -> BTreeMap<MailboxName, Received> {
+        self.received
+    }
+
+    /// A line that came some other way: the ack in it if it is a good one of this fork. What is not is counted.
+    pub fn check(&mut self, line: &[u8]) -> Option<Ack> {
+        let parsed = Ack::parse(line, |mailbox| self.keys.get(mailbox).cloned());
+        // An ack of another fork is signed with another key; the field is compared all the same.
+        let ack = parsed.ok().filter(|ack| ack.fork == self.fork);
+        self.rejected += usize::from(ack.is_none());
+        ack
+    }
+
+    /// How many lines came that were no good acks of this fork.
+    #[must_use]
+    pub fn rejected(&self) -> usize {
+        self.rejected
+    }
+
+    /// The key of a mailbox that got a payload.
+    #[must_use]
+    pub fn key(&self, mailbox: &MailboxName) -> Option<&AckKey> {
+        self.keys.get(mailbox)
+    }
+
+    /// Waits until `mailbox` has acknowledged.
     ///
     /// # Errors
-    /// The first [`AckWaitError`].
-    pub fn wait(mut self, stream: &AckStream) -> Result<BTreeMap<MailboxName, Received>, AckWaitError> {
-        let start = Instant::now();
-        let mut buffer = [0; 4096];
-        while let Some((mailbox, limit)) = self.next_deadline() {
-            let left = limit.saturating_sub(start.elapsed());
-            if left.is_zero() {
-                return Err(AckWaitError::Timeout { mailbox, limit, rejected: self.rejected });
-            }
-            match stream.read(&mut buffer, left) {
-                Ok(0) => return Err(AckWaitError::Ended(mailbox)),
-                Ok(count) => self.take(&buffer[..count])?,
-                Err(error) if error.kind() == io::ErrorKind::TimedOut => {}
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {
-                    return Err(AckWaitError::Ended(mailbox));
-                }
-                Err(error) => return Err(AckWaitError::Stream(error.to_string())),
-            }
+    /// [`AckWaitError`]; also for another mailbox whose deadline passes meanwhile.
+    pub fn wait_for(&mut self, mailbox: &MailboxName, stream: &AckStream) -> Result<&Received, AckWaitError> {
+        while !self.received.contains_key(mailbox) {
+            self.wait(stream, None, None)?;
         }
-        Ok(self.received)
+        // Just seen.
+        self.received.get(mailbox).ok_or_else(|| AckWaitError::Ended(mailbox.clone()))
+    }
+
+    /// Waits until something has come: on the stream, which is taken, or on `beside`, which is left there; or until `until`.
+    ///
+    /// # Errors
+    /// [`AckWaitError`]; also for a mailbox whose deadline passes meanwhile.
+    pub fn wait(
+        &mut self,
+        stream: &AckStream,
+        beside: Option<BorrowedFd<'_>>,
+        until: Option<Instant>,
+    ) -> Result<(), AckWaitError> {
+        let now = Instant::now();
+        let next = self.next_deadline();
+        if let Some((mailbox, limit)) = &next
+            && now >= self.start + *limit
+        {
+            let (mailbox, limit) = (mailbox.clone(), *limit);
+            return Err(AckWaitError::Timeout { mailbox, limit, rejected: self.rejected });
+        }
+        let deadline = next.map(|(_, limit)| self.start + limit).into_iter().chain(until).min();
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(now));
+        let broken = |error: &dyn std::error::Error| AckWaitError::Stream(error.to_string());
+        let left = left.map(Timespec::try_from).transpose().map_err(|error| broken(&error))?;
+        let fds = [Some(stream.as_fd()), beside];
+        let mut polled: Vec<_> = fds.iter().flatten().map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
+        match poll(&mut polled, left.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(broken(&error)),
+        }
+        if polled.first().is_some_and(|stream| !stream.revents().is_empty()) { self.read(stream) } else { Ok(()) }
+    }
+
+    fn read(&mut self, stream: &AckStream) -> Result<(), AckWaitError> {
+        let ended = |waiter: &Self| {
+            let next = waiter.next_deadline().map_or_else(MailboxName::identity, |(mailbox, _)| mailbox);
+            Err(AckWaitError::Ended(next))
+        };
+        let mut buffer = [0; 4096];
+        match stream.read(&mut buffer, Duration::ZERO) {
+            Ok(0) => ended(self),
+            Ok(count) => self.take(&buffer[..count]),
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => ended(self),
+            Err(error) => Err(AckWaitError::Stream(error.to_string())),
+        }
     }
 
     /// The mailbox still awaited whose deadline is first.
@@ -150,24 +233,24 @@ impl Waiter {
     }
 
     fn take_line(&mut self, line: &[u8]) -> Result<(), AckWaitError> {
-        let parsed = Ack::parse(line, |mailbox| self.keys.get(mailbox).cloned());
-        // An ack of another fork is signed with another key; the field is compared all the same.
-        let Some(ack) = parsed.ok().filter(|ack| ack.fork == self.fork) else {
-            self.rejected += 1;
-            return Ok(());
-        };
+        let Some(ack) = self.check(line) else { return Ok(()) };
         if ack.stage == Stage::Failed {
-            let reason = ack.reason.unwrap_or_else(|| "no reason given".into());
-            let reason = reason.chars().map(|character| if character.is_control() { ' ' } else { character }).collect();
-            return Err(AckWaitError::Failed { mailbox: ack.mailbox, reason });
+            return Err(AckWaitError::Failed { mailbox: ack.mailbox, reason: reason(ack.reason) });
         }
         // No end: the guest waits for its network to be configured again, and says then what became of it.
         if ack.stage == Stage::NetworkPending {
+            self.network_pending = Some(reason(ack.reason));
             return Ok(());
         }
         self.received.entry(ack.mailbox.clone()).or_insert_with(|| Received { ack, at: Instant::now() });
         Ok(())
     }
+}
+
+/// The guest's reason, cleaned for a terminal.
+fn reason(given: Option<String>) -> String {
+    let given = given.unwrap_or_else(|| "no reason given".into());
+    given.chars().map(|character| if character.is_control() { ' ' } else { character }).collect()
 }
 
 #[cfg(test)]
@@ -204,9 +287,9 @@ mod tests {
         for line in lines {
             guest.write_all(format!("{line}\n").as_bytes()).unwrap();
         }
-        let waited = waiter.wait(&host);
+        let waited = waiter.wait_for(&name("foo"), &host).map(drop);
         drop(guest);
-        waited
+        waited.map(|()| waiter.into_received())
     }
 
     #[test]
@@ -251,7 +334,7 @@ mod tests {
                     }
                 }
             });
-            let error = waiter.wait(&host).unwrap_err();
+            let error = waiter.wait_for(&name("foo"), &host).unwrap_err();
             drop(host);
             writer.join().unwrap();
             error

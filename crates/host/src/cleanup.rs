@@ -17,7 +17,7 @@ use store::Store;
 use crate::{
     forks,
     home::Home,
-    limits, machines, pages,
+    limits, machines, network, pages,
     record::{self, Entry},
 };
 
@@ -43,6 +43,8 @@ enum Action {
     Name,
     /// A control group of no fork.
     Cgroup,
+    /// A network link of no fork, or what all links share.
+    Network(net::Leftover),
     /// A half-made or half-removed template.
     Template,
     /// What was noted of a template's forks.
@@ -146,6 +148,7 @@ pub fn plan(home: &Home, store: &Store) -> io::Result<Plan> {
             });
         }
     }
+    plan.leftovers.extend(links(home, &known)?);
     for path in pages::leftovers(home, store)? {
         plan.leftovers.push(Leftover {
             what: "list of pages that forks need first".into(),
@@ -182,6 +185,7 @@ pub fn carry_out(home: &Home, leftover: &Leftover) -> io::Result<()> {
             for process in processes {
                 process.kill(Duration::from_secs(20))?;
             }
+            network::remove(home, id)?;
             for (group, _) in limits::all().into_iter().filter(|(_, owner)| owner == id) {
                 limits::remove(&[group], id)?;
             }
@@ -189,6 +193,10 @@ pub fn carry_out(home: &Home, leftover: &Leftover) -> io::Result<()> {
         }
         Action::Name | Action::Pages => fs::remove_file(&leftover.path),
         Action::Cgroup => fs::remove_dir(&leftover.path),
+        Action::Network(link) => match network::existing(home).map_err(io::Error::other)? {
+            Some(network) => network.remove_leftover(link).map_err(io::Error::other),
+            None => Ok(()),
+        },
         Action::Template => {
             for process in holders(&leftover.path)? {
                 process.kill(Duration::from_secs(20))?;
@@ -196,6 +204,34 @@ pub fn carry_out(home: &Home, leftover: &Leftover) -> io::Result<()> {
             fs::remove_dir_all(&leftover.path)
         }
     }
+}
+
+/// What is left of networks of forks that are not there any more. Links of other homes are theirs to judge.
+fn links(home: &Home, known: &[ForkId]) -> io::Result<Vec<Leftover>> {
+    // Nobody but root has any.
+    let Some(network) =
+        network::existing(home).map_err(io::Error::other)?.filter(|_| net::missing_capability().is_none())
+    else {
+        return Ok(Vec::new());
+    };
+    let inventory = network.inventory().map_err(io::Error::other)?;
+    // Listed before the forks were looked for once more: one that was made in the meantime is there by now.
+    let made_since = |id: &ForkId| {
+        ["", record::NEW, record::SPARE].iter().any(|kind| home.forks().join(format!("{kind}{id}")).exists())
+    };
+    let left = inventory.leftovers(&known.iter().cloned().collect()).into_iter();
+    let left: Vec<_> = left.filter(|left| !matches!(left, net::Leftover::Link(id) if made_since(id))).collect();
+    // The rules that all links share stay for the next fork; alone they are nothing that a crash left.
+    if left == [net::Leftover::Table] {
+        return Ok(Vec::new());
+    }
+    let leftover = |left: net::Leftover| Leftover {
+        what: left.to_string(),
+        reason: "there is no such fork".into(),
+        path: home.network.clone(),
+        action: Action::Network(left),
+    };
+    Ok(left.into_iter().map(leftover).collect())
 }
 
 /// Processes of engines whose working directory is `dir` or below, or which hold a file there.

@@ -3,6 +3,7 @@
 use std::{fs, path::Path};
 
 use engine::{Accel, Engine, EngineName, KvmState, kvm, qemu::QemuEngine};
+use net::Mode;
 use serde::Serialize;
 
 use crate::{engines, home::Home, image::kernel, limits};
@@ -44,6 +45,7 @@ pub fn run(home: &Home) -> Vec<Finding> {
         program("busybox", "busybox-static", "builds the busybox recipe"),
     ]);
     findings.extend([limit("memory", "--memory-limit"), limit("cpu", "--cpus")]);
+    findings.extend([network(Mode::Tap), network(Mode::User)]);
     findings.push(user());
     findings.push(space(home));
     findings
@@ -130,6 +132,23 @@ fn limit(controller: &'static str, option: &str) -> Finding {
             "run as root, or under `systemd-run --user --scope -p Delegate=yes`, on a host whose controller is on",
         ),
     }
+}
+
+/// One way to connect forks.
+fn network(mode: Mode) -> Finding {
+    let name = if mode == Mode::Tap { "network tap" } else { "network user" };
+    let lacking = net::missing(mode);
+    let (findings, detail) = match (lacking.is_empty(), mode) {
+        (false, _) => (lacking, "forks can not have it: "),
+        (true, Mode::Tap) => {
+            let detail = "forks have it by default: a network namespace and an address each";
+            return ok(name, detail.into());
+        }
+        (true, _) => (net::risks(mode), "works, without root; but "),
+    };
+    let [first, ..] = findings.as_slice() else { return ok(name, "works".into()) };
+    let all: Vec<_> = findings.iter().map(|finding| finding.what.as_str()).collect();
+    warn(name, format!("{detail}{}", all.join("; ")), &first.help)
 }
 
 fn user() -> Finding {

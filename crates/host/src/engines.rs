@@ -135,7 +135,7 @@ mod tests {
 
     #[test]
     fn our_engine_does_not_emulate() {
-        let home = Home { data: "/nowhere".into(), state: "/nowhere".into(), cache: "/nowhere".into() };
+        let home = Home::below(Path::new("/nowhere"));
         let forced = Forced { engine: Some(EngineName::Kvm), accel: Some(Accel::Tcg) };
         let refused = for_build(&home, forced, Path::new("/nowhere")).unwrap_err();
         assert!(refused.to_string().contains("--engine qemu"));

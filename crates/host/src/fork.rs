@@ -7,33 +7,35 @@
 use std::{
     collections::BTreeMap,
     io,
+    net::{IpAddr, Ipv6Addr},
     num::NonZero,
+    os::fd::BorrowedFd,
     sync::atomic::{AtomicUsize, Ordering},
     thread,
     time::{Duration, Instant, SystemTime},
 };
 
-use engine::{Confinement, DeliverError, Engine, EngineError, Letter, ProcessRef, RestoreSpec, RunningVm};
-use identity::{
-    AckKey, Action, ClockNanos, Document, File, ForkId, ForkIdentity, ForkName, Limits, MailboxName, NameError, Secret,
-    document::{ENTROPY_LEN, FORMAT},
-};
+use engine::{Confinement, DeliverError, Engine, EngineError, PausedVm, ProcessRef, RestoreSpec, RunningVm};
+use identity::{AckKey, ForkId, ForkName, MailboxName, NameError, Network as Section};
 use memory::Mailbox;
-use store::Template;
+use net::{Egress, LinkError, MAX_DNS, Network, Pool, UserLink};
+use store::{Manifest, Template};
 use thiserror::Error;
 
 use crate::{
-    acks::{AckWaitError, Received, Waiter},
+    acks::AckWaitError,
     confine, fault,
+    handoff::{
+        Arrival, Draft, End, Handoff, Handoffs, IdentityHandoff, MailboxesHandoff, Post,
+        network::{NetworkError, TapHandoff, UserHandoff, tap_section},
+    },
     home::Home,
     limits::{ForkCgroups, LimitError},
+    network::{self, Mode, NetworkRequest},
     pages, pool,
-    record::{ForkRecord, MailboxReport, NewFork, StepTime},
+    record::{ForkRecord, NewFork, StepTime},
     request::{Addressed, ForkRequest, RequestError},
 };
-
-/// Time for the identity's ack. Applying takes milliseconds; services that restart at a fork take what they take.
-pub const IDENTITY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Time for a spare machine to be gone once it is killed.
 const KILL_LIMIT: Duration = Duration::from_secs(20);
@@ -72,6 +74,9 @@ pub enum ForkError {
     /// The identity could not be delivered.
     #[error(transparent)]
     Deliver(#[from] DeliverError),
+    /// Its network is not as it was asked for.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The fork did not acknowledge, and was destroyed.
     #[error("the fork was destroyed: {0}")]
     Ack(#[from] AckWaitError),
@@ -112,8 +117,9 @@ pub fn fork(
         manifest.mailboxes.iter().find(|mailbox| mailbox.name.as_str() == MailboxName::IDENTITY).ok_or_else(|| {
             ForkError::Incompatible { tag: manifest.tag.clone(), reason: "it has no identity mailbox".into() }
         })?;
-    let plan = Plan { home, engine, template, request, identity, letters };
-    plan.check_size()?;
+    let connection = Connection::of(home, manifest, &request.network, request.count)?;
+    let plan = Plan { home, engine, template, request, identity, letters, connection };
+    plan.identity_handoff().check_size(plan.largest_section()?)?;
 
     // More at once than CPUs, because a start waits for the disk now and then; many more only slow each other down.
     let workers = thread::available_parallelism().map_or(2, NonZero::get).saturating_mul(2).min(request.count);
@@ -149,6 +155,66 @@ fn check_compatible(engine: &dyn Engine, template: &Template) -> Result<(), Fork
     Err(ForkError::Incompatible { tag: template.manifest().tag.clone(), reason })
 }
 
+/// What forks are connected to.
+#[derive(Debug)]
+enum Connection {
+    None,
+    User,
+    Tap(Network),
+}
+
+impl Connection {
+    /// For these forks. Everything that can be refused before any work is refused here.
+    fn of(home: &Home, manifest: &Manifest, request: &NetworkRequest, count: usize) -> Result<Self, NetworkError> {
+        let has_card = manifest.machine.network;
+        let mode = match request.mode {
+            Some(Mode::None) => Mode::None,
+            Some(_) if !has_card => return Err(NetworkError::NoCard(manifest.tag.clone())),
+            Some(mode) => mode,
+            None if has_card => Mode::default_here(),
+            None => Mode::None,
+        };
+        let policy = &request.policy;
+        if count > 1 && !policy.forwards.is_empty() {
+            return Err(NetworkError::OnePortManyForks(count));
+        }
+        match mode {
+            Mode::Tap => {
+                policy.check().map_err(LinkError::from)?;
+                return Ok(Self::Tap(network::open(home)?));
+            }
+            Mode::User => {
+                UserLink::check(policy)?;
+                return Ok(Self::User);
+            }
+            Mode::None => {}
+        }
+        let asked = [
+            ("--egress", policy.egress != Egress::default()),
+            ("--net", policy.net.is_some()),
+            ("--publish", !policy.forwards.is_empty()),
+            ("--rate", policy.rate.is_some()),
+            ("--dns", request.dns.is_some()),
+        ];
+        match asked.into_iter().find(|(_, asked)| *asked) {
+            Some((option, _)) => Err(NetworkError::NoMeaning { option, mode }),
+            None => Ok(Self::None),
+        }
+    }
+
+    fn mode(&self) -> Mode {
+        match self {
+            Self::None => Mode::None,
+            Self::User => Mode::User,
+            Self::Tap(_) => Mode::Tap,
+        }
+    }
+
+    fn tap(&self) -> Option<&Network> {
+        if let Self::Tap(network) = self { Some(network) } else { None }
+    }
+}
+
 struct Plan<'a> {
     home: &'a Home,
     engine: &'a dyn Engine,
@@ -156,6 +222,7 @@ struct Plan<'a> {
     request: &'a ForkRequest,
     identity: &'a Mailbox,
     letters: Vec<Addressed<'a>>,
+    connection: Connection,
 }
 
 /// A machine that runs and whose acks are still awaited: killed on drop.
@@ -169,13 +236,20 @@ impl Drop for Running {
     }
 }
 
-/// A spare machine that no engine value holds: killed on drop.
-struct Ending(Option<ProcessRef>);
+/// A spare machine that no engine value holds, and a spare's link that no handoff holds: ended and removed on drop.
+struct Ending<'a> {
+    process: Option<ProcessRef>,
+    link: Option<(&'a Network, ForkId)>,
+}
 
-impl Drop for Ending {
+impl Drop for Ending<'_> {
     fn drop(&mut self) {
-        if let Some(process) = &self.0 {
+        if let Some(process) = self.process.take() {
             let _ = process.kill(KILL_LIMIT);
+        }
+        if let Some((network, id)) = self.link.take() {
+            // What can not be removed stays recorded, and `cleanup` finds it.
+            let _ = network.remove(&id);
         }
     }
 }
@@ -201,18 +275,6 @@ impl Stopwatch {
 }
 
 impl Plan<'_> {
-    /// Whether the document of the fork with the longest name fits the mailbox: found out before any work.
-    fn check_size(&self) -> Result<(), ForkError> {
-        let mut fork = self.identity_of(ForkId::parse(&"0".repeat(20))?, ForkName::parse(&"a".repeat(63))?)?;
-        fork.template.clone_from(&self.template.manifest().tag);
-        let document = self.document(fork, &AckKey::new([0; 32]))?;
-        let (len, capacity) = (document.to_bytes().expose().len(), self.identity.capacity);
-        if len > capacity {
-            return Err(RequestError::IdentityTooLong { len, capacity }.into());
-        }
-        Ok(())
-    }
-
     fn fork_one(&self, index: usize) -> Result<ForkRecord, ForkError> {
         let state = |step| move |source| ForkError::State { step, source };
         let mut watch = Stopwatch::start();
@@ -222,7 +284,8 @@ impl Plan<'_> {
         };
         let id = new.id().clone();
         // A spare is nobody's child: it goes with this value until the engine has it.
-        let mut spare = Ending(spare);
+        let link = self.connection.tap().filter(|_| spare.is_some()).map(|network| (network, id.clone()));
+        let mut spare = Ending { process: spare, link };
         fault::point("fork.directory", None).map_err(state("making the fork's directory"))?;
         let name = self.take_name(&mut new, index, &id)?;
         fault::point("fork.name", None).map_err(state("taking the fork's name"))?;
@@ -230,8 +293,108 @@ impl Plan<'_> {
         fault::point("fork.limits", None).map_err(state("making the fork's limits"))?;
         watch.step("reserve");
 
+        let mut draft = Draft { id, name, spare: spare.process.is_some(), network: None };
+        let mut handoffs = self.handoffs();
+        handoffs.prepare(&mut draft)?;
+        spare.link = None;
+        watch.step("prepare");
+
         let manifest = self.template.manifest();
         let procs = cgroups.procs();
+        let paused = self.machine(&new, &draft, &mut spare, &mut handoffs, &procs, &mut watch)?;
+        let process = paused.process().clone();
+        new.note_process(&process).map_err(state("noting the fork's process"))?;
+        fault::point("fork.loaded", Some(&process)).map_err(state("loading the template"))?;
+
+        let mut post = Post::new(AckKey::new(random()?));
+        handoffs.letters(&draft, &mut post)?;
+        let (identity, others, waiter) = post.close(&draft.id).ok_or_else(|| self.no_identity())?;
+        let sealed = paused.deliver(identity, others)?;
+        watch.step("deliver");
+        fault::point("fork.delivered", Some(&process)).map_err(state("delivering the identity"))?;
+
+        let mut running = Running(Some(sealed.resume()?));
+        fault::point("fork.resumed", Some(&process)).map_err(state("resuming"))?;
+        watch.step("resume");
+        let Some(vm) = &running.0 else { return Err(self.no_identity()) };
+        let mut arrival = Arrival { waiter, stream: &vm.ack_stream, dir: new.dir(), id: &draft.id };
+        arrival.waiter.start();
+        handoffs.after_resume(&mut arrival)?;
+        watch.step("acknowledge");
+        let acked = arrival.waiter.received(&MailboxName::identity()).map_or(watch.last, |received| received.at);
+        fault::point("fork.acked", Some(&process)).map_err(state("the ack"))?;
+
+        let mut record = ForkRecord {
+            format: ForkRecord::FORMAT,
+            hostname: draft.name.clone(),
+            id: draft.id,
+            name: draft.name,
+            template: manifest.tag.clone(),
+            template_id: manifest.id.clone(),
+            engine: self.engine.info().clone(),
+            process,
+            created_ms: u64::try_from(now().as_millis()).unwrap_or(u64::MAX),
+            machine_id: String::new(),
+            boot_id: String::new(),
+            labels: self.request.labels.clone(),
+            env: self.request.env.keys().map(ToString::to_string).collect(),
+            secrets: self.request.secrets.keys().map(ToString::to_string).collect(),
+            files: self.request.files.keys().cloned().collect(),
+            mailboxes: Vec::new(),
+            network: None,
+            limits: self.limits_asked(),
+            cgroups: Vec::new(),
+            acked_micros: micros(acked - watch.start),
+            host_steps: watch.steps,
+            guest_steps: Vec::new(),
+        };
+        pages::note(self.home, self.engine, self.template, &record.process);
+        drop(procs);
+        // Nothing may fail between keeping the parts and publishing the record that names them.
+        record.cgroups = cgroups.keep();
+        handoffs.keep(&mut record);
+        let published = new.publish(self.home, &record);
+        if let Err(source) = published {
+            drop(running);
+            drop(handoffs);
+            let _ = crate::limits::remove(&record.cgroups, &record.id);
+            return Err(ForkError::State { step: "writing the fork's record", source });
+        }
+        handoffs.release();
+        // The machine lives on; only our handle of it goes.
+        drop(running.0.take());
+        Ok(record)
+    }
+
+    /// What every fork is given over, in the order in which it is prepared and awaited.
+    fn handoffs(&self) -> Handoffs<'_> {
+        let mut list: Vec<Box<dyn Handoff<'_> + '_>> = Vec::new();
+        let request = &self.request.network;
+        match &self.connection {
+            Connection::None => {}
+            Connection::User => list.push(Box::new(UserHandoff::new(request))),
+            Connection::Tap(network) => list.push(Box::new(TapHandoff::new(network, request))),
+        }
+        list.push(Box::new(self.identity_handoff()));
+        list.push(Box::new(MailboxesHandoff::new(&self.letters)));
+        Handoffs::new(list)
+    }
+
+    fn identity_handoff(&self) -> IdentityHandoff<'_> {
+        IdentityHandoff::new(self.request, self.identity, &self.template.manifest().tag)
+    }
+
+    /// A machine that has loaded the template: the spare, or one of its own.
+    fn machine(
+        &self,
+        new: &NewFork,
+        draft: &Draft,
+        spare: &mut Ending<'_>,
+        handoffs: &mut Handoffs<'_>,
+        procs: &[BorrowedFd<'_>],
+        watch: &mut Stopwatch,
+    ) -> Result<PausedVm, ForkError> {
+        let manifest = self.template.manifest();
         let pages = pages::file(self.home, self.template);
         let spec = RestoreSpec {
             dir: new.dir(),
@@ -241,83 +404,39 @@ impl Plan<'_> {
             state_file: &self.template.state_file(),
             pages_file: pages.as_deref(),
             network: None,
-            confinement: Confinement { cgroups: &procs, ..confine::of_fork(&id, &manifest.id) },
+            confinement: Confinement { cgroups: procs, ..confine::of_fork(&draft.id, &manifest.id) },
         };
-        let paused = match spare.0.as_ref().map(|process| self.engine.adopt(&spec, process)) {
-            Some(Ok(paused)) => {
-                spare.0 = None;
+        if let Some(process) = &spare.process {
+            if draft.spare
+                && let Ok(paused) = self.engine.adopt(&spec, process)
+            {
+                spare.process = None;
                 watch.step("take over a spare");
-                paused
+                return Ok(paused);
             }
-            unusable => {
-                if unusable.is_some() {
-                    drop(spare);
-                    new.clear().map_err(state("removing a spare that can not be used"))?;
-                }
-                let paused = self.engine.restore(&spec)?;
-                watch.step("start and load");
-                paused
-            }
-        };
-        let process = paused.process().clone();
-        new.note_process(&process).map_err(state("noting the fork's process"))?;
-        fault::point("fork.loaded", Some(&process)).map_err(state("loading the template"))?;
-
-        let ack_key = AckKey::new(random()?);
-        let identity = self.identity_of(id.clone(), name.clone())?;
-        let (record_id, hostname) = (identity.machine_id.clone(), identity.hostname.clone());
-        let boot_id = identity.boot_id.clone();
-        let (waiter, letter, others) = self.letters(&id, &ack_key, self.document(identity, &ack_key)?.to_bytes());
-        let sealed = paused.deliver(letter, others)?;
-        watch.step("deliver");
-        fault::point("fork.delivered", Some(&process)).map_err(state("delivering the identity"))?;
-
-        let running = Running(Some(sealed.resume()?));
-        fault::point("fork.resumed", Some(&process)).map_err(state("resuming"))?;
-        watch.step("resume");
-        #[allow(clippy::expect_used)]
-        let acks = waiter.wait(&running.0.as_ref().expect("set above").ack_stream)?;
-        watch.step("acknowledge");
-        let acked = acks.get(&MailboxName::identity()).map_or(watch.last, |received| received.at);
-        fault::point("fork.acked", Some(&process)).map_err(state("the ack"))?;
-
-        let mut record = ForkRecord {
-            format: ForkRecord::FORMAT,
-            id,
-            name,
-            hostname,
-            template: manifest.tag.clone(),
-            template_id: manifest.id.clone(),
-            engine: self.engine.info().clone(),
-            process,
-            created_ms: u64::try_from(now().as_millis()).unwrap_or(u64::MAX),
-            machine_id: record_id,
-            boot_id,
-            labels: self.request.labels.clone(),
-            env: self.request.env.keys().map(ToString::to_string).collect(),
-            secrets: self.request.secrets.keys().map(ToString::to_string).collect(),
-            files: self.request.files.keys().cloned().collect(),
-            mailboxes: self.mailbox_reports(&acks),
-            limits: self.limits_asked(),
-            cgroups: Vec::new(),
-            acked_micros: micros(acked - watch.start),
-            host_steps: watch.steps,
-            guest_steps: guest_steps(&acks),
-        };
-        pages::note(self.home, self.engine, self.template, &record.process);
-        drop(procs);
-        // Nothing may fail between keeping the groups and publishing the record that names them.
-        record.cgroups = cgroups.keep();
-        let published = new.publish(self.home, &record);
-        if let Err(source) = published {
-            drop(running);
-            let _ = crate::limits::remove(&record.cgroups, &record.id);
-            return Err(ForkError::State { step: "writing the fork's record", source });
+            drop(std::mem::replace(spare, Ending { process: None, link: None }));
+            let clear = |source| ForkError::State { step: "removing a spare that can not be used", source };
+            new.clear().map_err(clear)?;
         }
-        let mut running = running;
-        // The machine lives on; only our handle of it goes.
-        drop(running.0.take());
-        Ok(record)
+        let end = handoffs.end()?;
+        let spec = RestoreSpec { network: end.as_ref().map(End::as_network_end), ..spec };
+        let paused = self.engine.restore(&spec)?;
+        watch.step("start and load");
+        Ok(paused)
+    }
+
+    /// A network section as long as any that these forks may be given.
+    fn largest_section(&self) -> Result<Option<Section>, ForkError> {
+        if self.connection.mode() == Mode::None {
+            return Ok(None);
+        }
+        let host: IpAddr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into();
+        Ok(Some(tap_section(&Pool::default().largest(), &[host; MAX_DNS])?))
+    }
+
+    fn no_identity(&self) -> ForkError {
+        let tag = self.template.manifest().tag.clone();
+        ForkError::Incompatible { tag, reason: "it has no identity mailbox".into() }
     }
 
     /// A machine from the template's pool. Limits of the host are taken on when a machine starts, so a fork that is to have
@@ -327,7 +446,7 @@ impl Plan<'_> {
         if limits.memory.is_some() || limits.cpu_millis.is_some() {
             return None;
         }
-        pool::take(self.home, self.template.manifest())
+        pool::take(self.home, self.template.manifest(), self.connection.mode())
     }
 
     fn take_name(&self, new: &mut NewFork, index: usize, id: &ForkId) -> Result<ForkName, ForkError> {
@@ -342,74 +461,6 @@ impl Plan<'_> {
         }
     }
 
-    fn identity_of(&self, id: ForkId, name: ForkName) -> Result<ForkIdentity, ForkError> {
-        Ok(ForkIdentity {
-            id,
-            hostname: name.clone(),
-            name,
-            template: self.template.manifest().tag.clone(),
-            machine_id: uuid4(random()?).replace('-', ""),
-            boot_id: uuid4(random()?),
-        })
-    }
-
-    fn document(&self, fork: ForkIdentity, ack_key: &AckKey) -> Result<Document, ForkError> {
-        let request = self.request;
-        let files = request.files.iter().map(|(path, (content, mode))| File {
-            path: path.clone(),
-            mode: *mode,
-            content: content.clone(),
-        });
-        Ok(Document {
-            format: FORMAT,
-            action: Action::Become,
-            fork,
-            labels: request.labels.clone(),
-            env: request.env.clone(),
-            secrets: request.secrets.clone(),
-            files: files.collect(),
-            wall_clock: ClockNanos(u64::try_from(now().as_nanos()).unwrap_or(u64::MAX)),
-            entropy: Secret::new(random::<ENTROPY_LEN>()?.to_vec()),
-            ack_key: ack_key.clone(),
-            limits: Limits {
-                pids: request.limits.pids,
-                memory: request.limits.memory,
-                cpu_millis: request.limits.cpu_millis,
-            },
-            network: None,
-        })
-    }
-
-    fn letters(&self, id: &ForkId, ack_key: &AckKey, identity: Secret) -> (Waiter, Letter<'_>, Vec<Letter<'_>>) {
-        let own = MailboxName::identity();
-        let names = self.letters.iter().map(|letter| letter.mailbox.name.clone()).chain([own.clone()]);
-        let keys: BTreeMap<_, _> = names.map(|name| (name.clone(), ack_key.for_mailbox(&name))).collect();
-        let letter = |mailbox: &'_ Mailbox, payload| (payload, keys[&mailbox.name].clone());
-        let others = self
-            .letters
-            .iter()
-            .map(|addressed| {
-                let (payload, ack_key) = letter(addressed.mailbox, addressed.request.payload.clone());
-                Letter { mailbox: addressed.mailbox, payload, ack_key }
-            })
-            .collect();
-        let identity = Letter { mailbox: self.identity, payload: identity, ack_key: keys[&own].clone() };
-        let mut waiter = Waiter::new(id.clone(), keys);
-        waiter.want(own, IDENTITY_TIMEOUT);
-        for addressed in self.letters.iter().filter(|addressed| addressed.request.wait_ack) {
-            waiter.want(addressed.mailbox.name.clone(), addressed.request.timeout());
-        }
-        (waiter, identity, others)
-    }
-
-    fn mailbox_reports(&self, acks: &BTreeMap<MailboxName, Received>) -> Vec<MailboxReport> {
-        let report = |letter: &Addressed<'_>| MailboxReport {
-            name: letter.mailbox.name.to_string(),
-            acknowledged: letter.request.wait_ack.then(|| acks.contains_key(&letter.mailbox.name)),
-        };
-        self.letters.iter().map(report).collect()
-    }
-
     fn limits_asked(&self) -> BTreeMap<String, u64> {
         let limits = &self.request.limits;
         [("memory", limits.memory), ("cpu_millis", limits.cpu_millis), ("pids", limits.pids)]
@@ -417,15 +468,6 @@ impl Plan<'_> {
             .filter_map(|(name, value)| Some((name.to_owned(), value?)))
             .collect()
     }
-}
-
-fn guest_steps(acks: &BTreeMap<MailboxName, Received>) -> Vec<StepTime> {
-    let steps = acks.get(&MailboxName::identity()).map(|received| received.ack.steps.as_slice()).unwrap_or_default();
-    let clean = |text: &str| text.chars().filter(|character| !character.is_control()).take(64).collect();
-    steps
-        .iter()
-        .map(|step| StepTime { step: clean(&step.name), outcome: clean(&step.outcome), micros: step.micros })
-        .collect()
 }
 
 /// `<template>-<first six digits of the id>`, as a DNS label.
@@ -449,16 +491,7 @@ pub(crate) fn new_id() -> Result<ForkId, ForkError> {
     Ok(ForkId::parse(&text)?)
 }
 
-/// A version 4 UUID from 16 random bytes (RFC 9562, section 5.4).
-fn uuid4(mut bytes: [u8; 16]) -> String {
-    bytes[6] = bytes[6] & 0x0f | 0x40;
-    bytes[8] = bytes[8] & 0x3f | 0x80;
-    let number = u128::from_be_bytes(bytes);
-    let hex = format!("{number:032x}");
-    [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
-}
-
-fn random<const N: usize>() -> Result<[u8; N], ForkError> {
+pub(crate) fn random<const N: usize>() -> Result<[u8; N], ForkError> {
     let mut bytes = [0; N];
     getrandom::fill(&mut bytes).map_err(ForkError::Random)?;
     Ok(bytes)
@@ -483,11 +516,5 @@ mod tests {
         for tag in ["python-3.11", "_", "___x", "A", &"Z".repeat(64), "a..b"] {
             assert!(made_up_name(tag, &id).is_ok(), "{tag}");
         }
-    }
-
-    #[test]
-    fn uuids_have_version_and_variant() {
-        let uuid = uuid4([0xff; 16]);
-        assert_eq!(uuid, "ffffffff-ffff-4fff-bfff-ffffffffffff");
     }
 }

@@ -7,7 +7,7 @@ use thiserror::Error;
 
 use crate::{
     home::Home,
-    limits,
+    limits, network,
     record::{self, Entry, ForkRecord},
 };
 
@@ -96,6 +96,7 @@ pub fn kill(home: &Home, record: &ForkRecord) -> Result<(), ForksError> {
     let state = |step| move |source| ForksError::State { step, source };
     record.process.kill(KILL_LIMIT).map_err(|source| ForksError::Kill { name: record.name.to_string(), source })?;
     limits::remove(&record.cgroups, &record.id).map_err(state("removing the fork's control groups"))?;
+    network::end(home, record).map_err(state("removing the fork's network"))?;
     record::remove(home, &dir(home, record), &record.id).map_err(state("removing the fork's directory"))
 }
 

@@ -2,10 +2,11 @@
 
 use std::{
     env, fs, io,
-    os::unix::fs::DirBuilderExt,
+    os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
+use net::{Pool, PoolTextError};
 use thiserror::Error;
 
 /// The directories of one user (or of the whole system, for root).
@@ -17,6 +18,10 @@ pub struct Home {
     pub state: PathBuf,
     /// What can be made again: kernels, root images.
     pub cache: PathBuf,
+    /// What is known of forks' networks: who holds which address. It belongs to the host's network namespace, not to one user's home.
+    pub network: PathBuf,
+    /// Where forks' addresses are from.
+    pub pool: Pool,
 }
 
 /// Why there is no home.
@@ -36,18 +41,22 @@ pub enum HomeError {
         #[source]
         source: io::Error,
     },
+    /// Not ranges of addresses.
+    #[error("OFFSHOOT_NETWORK_POOL can not be used: {0}")]
+    Pool(#[from] PoolTextError),
 }
 
 impl Home {
     /// From the environment: `OFFSHOOT_{DATA,STATE,CACHE}_DIR`; else for root `/var/lib/offshoot`, `/run/offshoot` and
-    /// `/var/cache/offshoot`; else the XDG directories. They are made if absent.
+    /// `/var/cache/offshoot`; else the XDG directories. They are made if absent. `OFFSHOOT_NETWORK_DIR` and `OFFSHOOT_NETWORK_POOL`
+    /// say where addresses are leased, and which; the default directory is one for each network namespace that is a host's.
     ///
     /// # Errors
     /// [`HomeError`].
     pub fn from_env() -> Result<Self, HomeError> {
         let set = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let root = rustix::process::geteuid().is_root();
-        let place = |own: &str, system: &str, xdg: &str, below_home: &str| {
+        let place = |own: &str, system: &str, xdg: &str, below_home: &str| -> Result<PathBuf, HomeError> {
             if let Some(path) = set(own) {
                 return Ok(path);
             }
@@ -61,8 +70,26 @@ impl Home {
             data: place("OFFSHOOT_DATA_DIR", "/var/lib/offshoot", "XDG_DATA_HOME", ".local/share")?,
             state: place("OFFSHOOT_STATE_DIR", "/run/offshoot", "XDG_STATE_HOME", ".local/state")?,
             cache: place("OFFSHOOT_CACHE_DIR", "/var/cache/offshoot", "XDG_CACHE_HOME", ".cache")?,
+            network: set("OFFSHOOT_NETWORK_DIR").unwrap_or_else(network_of_this_host),
+            pool: match env::var("OFFSHOOT_NETWORK_POOL") {
+                Ok(text) if !text.is_empty() => text.parse()?,
+                _ => Pool::default(),
+            },
         };
         home.make()
+    }
+
+    /// Everything below one directory.
+    #[must_use]
+    pub fn below(dir: &Path) -> Self {
+        let place = |name: &str| dir.join(name);
+        Self {
+            data: place("data"),
+            state: place("state"),
+            cache: place("cache"),
+            network: place("network"),
+            pool: Pool::default(),
+        }
     }
 
     /// Makes the directories: data can be passed through (a fork's process reaches its template), the rest is private.
@@ -116,4 +143,11 @@ impl Home {
     pub fn names(&self) -> PathBuf {
         self.state.join("names")
     }
+}
+
+/// Two network namespaces have nothing to do with each other, so what is known of one is nothing to the other. The number is the
+/// namespace's inode.
+fn network_of_this_host() -> PathBuf {
+    let number = fs::metadata("/proc/self/ns/net").map_or(0, |namespace| namespace.ino());
+    PathBuf::from(format!("/run/offshoot/network-{number}"))
 }

@@ -1,60 +1,27 @@
 //! Which network forks have, on the host's side: what may be asked for, what is noted of it, and how it is found again.
 
 use std::{
-    fmt, io,
+    io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    str::FromStr,
     time::Duration,
 };
 
+use engine::ProcessRef;
 use identity::ForkId;
-use net::{DEFAULT_PAUSE, LinkError, Network, Policy};
+use net::{DEFAULT_PAUSE, LinkError, Network, Policy, UserProcess};
 use serde::{Deserialize, Serialize};
 
-use crate::home::Home;
+pub use net::Mode;
+
+use crate::{home::Home, record::ForkRecord};
 
 /// How long a fork's network ack is awaited when the caller does not say, from the moment its identity was acknowledged.
 pub const DEFAULT_NETWORK_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest time a caller may ask for: as long as the guest goes on sending it.
 pub const MAX_NETWORK_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What a fork's network card leads to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Mode {
-    /// Nothing.
-    #[default]
-    None,
-    /// A tap in a network namespace of its own; needs root.
-    Tap,
-}
-
-impl fmt::Display for Mode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::None => "none",
-            Self::Tap => "tap",
-        })
-    }
-}
-
-impl FromStr for Mode {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "none" => Ok(Self::None),
-            "tap" => Ok(Self::Tap),
-            _ => Err("a network is none or tap".into()),
-        }
-    }
-}
-
-/// What the caller may do without more privilege than it has.
-#[must_use]
-pub fn default_mode() -> Mode {
-    if net::missing_capability().is_none() { Mode::Tap } else { Mode::None }
-}
+/// Time for a killed program to be gone.
+const END_LIMIT: Duration = Duration::from_secs(5);
 
 /// What becomes of a fork whose network is not acknowledged in time, where nobody waits for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -70,7 +37,7 @@ pub enum OnFailure {
 /// What a caller asks of a fork's network.
 #[derive(Debug, Clone, Default)]
 pub struct NetworkRequest {
-    /// What the card leads to; without it, [`default_mode`] if the template has a card.
+    /// What the card leads to; without it, [`Mode::default_here`] if the template has a card.
     pub mode: Option<Mode>,
     /// What may pass.
     pub policy: Policy,
@@ -106,11 +73,13 @@ pub enum NetworkState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Way {
+    /// On its ack port: the network `user` has no other way.
+    Channel,
     /// By the fork's own datagram.
     Datagram,
-    /// So, after the host had its network configured again over the control channel.
+    /// As one of these, after the host had its network configured again over the control channel.
     Reconfigured,
-    /// So, after commands in the guest.
+    /// By its datagram, after commands in the guest.
     Commands,
 }
 
@@ -140,6 +109,9 @@ pub struct NetworkReport {
     /// What went wrong on the way there.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub troubles: Vec<String>,
+    /// The program that it is connected by, in mode `user`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub process: Option<UserProcess>,
 }
 
 /// The network of this host, for forks of this home.
@@ -159,4 +131,22 @@ pub(crate) fn existing(home: &Home) -> Result<Option<Network>, LinkError> {
 pub(crate) fn remove(home: &Home, id: &ForkId) -> io::Result<()> {
     let remove = || existing(home)?.map_or(Ok(()), |network| network.remove(id));
     remove().map_err(io::Error::other)
+}
+
+/// Ends the network of a fork whose machine is gone.
+pub(crate) fn end(home: &Home, record: &ForkRecord) -> io::Result<()> {
+    match &record.network {
+        Some(NetworkReport { mode: Mode::Tap, .. }) => remove(home, &record.id),
+        // It ends with the machine; it may not have noticed yet.
+        Some(NetworkReport { process: Some(process), .. }) => end_user(process),
+        _ => Ok(()),
+    }
+}
+
+/// Ends the program of a fork in mode `user`; that it has ended is fine.
+pub(crate) fn end_user(process: &UserProcess) -> io::Result<()> {
+    match ProcessRef::of(process.pid) {
+        Ok(found) if found.start_time == process.start_time => found.kill(END_LIMIT),
+        _ => Ok(()),
+    }
 }

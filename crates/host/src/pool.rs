@@ -12,12 +12,13 @@
 use std::{
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::OpenOptionsExt,
+    os::{fd::AsFd, unix::fs::OpenOptionsExt},
     time::Duration,
 };
 
-use engine::{Confinement, Engine, EngineError, EngineInfo, ProcessRef, RestoreSpec};
+use engine::{Confinement, Engine, EngineError, EngineInfo, NetworkEnd, ProcessRef, RestoreSpec};
 use identity::Tag;
+use net::{ClosedLink, LinkError};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use store::{Manifest, Template};
@@ -27,7 +28,9 @@ use crate::{
     confine, fault,
     fork::{ForkError, new_id},
     forks,
+    handoff::network::TAP,
     home::Home,
+    network::{self, Mode},
     pages,
     record::{self, NewFork},
 };
@@ -51,6 +54,9 @@ pub enum PoolError {
         "a spare machine ended right after it was started; see `offshoot doctor`, or do without: `offshoot pool TAG 0`"
     )]
     Ended,
+    /// Its network could not be made.
+    #[error("the network of a spare machine could not be made")]
+    Network(#[from] LinkError),
     /// What a fork's beginning can fail of.
     #[error(transparent)]
     Begin(#[from] ForkError),
@@ -77,11 +83,15 @@ pub struct Spare {
     pub engine: EngineInfo,
     /// Its process.
     pub process: ProcessRef,
+    /// What its network card leads to.
+    pub network: Mode,
 }
 
 impl Spare {
     fn is_for(&self, manifest: &Manifest) -> bool {
-        self.template == manifest.tag && self.template_id == manifest.id && self.engine == manifest.engine
+        // It was connected when it was started, to what the default was then.
+        let network = manifest.machine.network || self.network == Mode::None;
+        network && self.template == manifest.tag && self.template_id == manifest.id && self.engine == manifest.engine
     }
 }
 
@@ -182,15 +192,15 @@ pub fn end(home: &Home, tag: &Tag) -> Result<(), PoolError> {
     trim(home, tag, None).map(drop)
 }
 
-/// A spare for a fork of this template, if there is one: it is the caller's now.
+/// A spare for a fork of this template with this network, if there is one: it is the caller's now, with its link.
 #[must_use]
-pub fn take(home: &Home, manifest: &Manifest) -> Option<(NewFork, ProcessRef)> {
+pub fn take(home: &Home, manifest: &Manifest, network: Mode) -> Option<(NewFork, ProcessRef)> {
     if size(home, &manifest.tag) == 0 {
         return None;
     }
     record::spares(home)
         .ok()?
-        .filter(|(_, spare)| spare.is_for(manifest) && spare.process.is_alive())
+        .filter(|(_, spare)| spare.is_for(manifest) && spare.network == network && spare.process.is_alive())
         .find_map(|(id, spare)| Some((NewFork::from_spare(home, &id, &spare.process).ok()??, spare.process)))
 }
 
@@ -200,6 +210,11 @@ fn start_one(home: &Home, engine: &dyn Engine, template: &Template) -> Result<()
     let id = new_id()?;
     let new = NewFork::begin(home, &id).map_err(state("making the spare's directory"))?;
     fault::point("pool.directory", None).map_err(state("making the spare's directory"))?;
+    // One without privileges has a socket of the process that made it; it would end with that.
+    let network = if manifest.machine.network && Mode::default_here() == Mode::Tap { Mode::Tap } else { Mode::None };
+    let link = if network == Mode::Tap { Some(network::open(home)?.prepare(&id, TAP)?) } else { None };
+    fault::point("pool.network", None).map_err(state("making the spare's network"))?;
+    let tap = link.as_ref().map(ClosedLink::tap).transpose()?;
     let spare = engine.prepare(&RestoreSpec {
         dir: new.dir(),
         machine: manifest.machine,
@@ -207,7 +222,7 @@ fn start_one(home: &Home, engine: &dyn Engine, template: &Template) -> Result<()
         memory_file: &template.memory_file(),
         state_file: &template.state_file(),
         pages_file: pages::file(home, template).as_deref(),
-        network: None,
+        network: tap.as_ref().map(|tap| NetworkEnd::Tap(tap.as_fd())),
         confinement: Confinement { cgroups: &[], ..confine::of_fork(&id, &manifest.id) },
     })?;
     let process = spare.process().clone();
@@ -221,9 +236,12 @@ fn start_one(home: &Home, engine: &dyn Engine, template: &Template) -> Result<()
         template_id: manifest.id.clone(),
         engine: manifest.engine.clone(),
         process,
+        network,
     };
     new.set_aside(home, &record).map_err(state("noting the spare"))?;
     spare.release();
+    // What is in the record of the spare is found by it.
+    let _ = link.map(ClosedLink::keep);
     Ok(())
 }
 
@@ -237,6 +255,9 @@ fn trim(home: &Home, tag: &Tag, template: Option<&Manifest>) -> Result<usize, Po
             ready += 1;
         } else if let Some(taken) = NewFork::from_spare(home, &id, &spare.process).map_err(state)? {
             spare.process.kill(KILL_LIMIT).map_err(state)?;
+            if spare.network != Mode::None {
+                network::remove(home, &id).map_err(state)?;
+            }
             drop(taken);
         }
     }

@@ -22,7 +22,7 @@ use identity::{ForkId, ForkName, Tag};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use crate::{home::Home, pool::Spare, stop};
+use crate::{home::Home, network::NetworkReport, pool::Spare, stop};
 
 /// The record in a fork's directory.
 pub const RECORD: &str = "fork.json";
@@ -30,7 +30,7 @@ pub const RECORD: &str = "fork.json";
 pub const PROCESS: &str = "process.json";
 const LOCK: &str = "lock";
 pub(crate) const NEW: &str = ".new-";
-const SPARE: &str = ".spare-";
+pub(crate) const SPARE: &str = ".spare-";
 const SPARE_RECORD: &str = "spare.json";
 /// A record is a few kilobytes; 256 labels of 512 bytes are the most it can hold.
 const MAX_RECORD: u64 = 1 << 20;
@@ -91,6 +91,9 @@ pub struct ForkRecord {
     pub files: Vec<String>,
     /// Mailboxes written to.
     pub mailboxes: Vec<MailboxReport>,
+    /// Its network; none without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkReport>,
     /// Limits that hold, as they were asked for.
     pub limits: BTreeMap<String, u64>,
     /// Control groups of the host made for it.

@@ -11,6 +11,8 @@ use memory::Mailbox;
 use store::Manifest;
 use thiserror::Error;
 
+use crate::network::{MAX_NETWORK_TIMEOUT, NetworkRequest};
+
 /// How long a mailbox's ack is awaited when the caller does not say.
 pub const DEFAULT_ACK_TIMEOUT: Duration = Duration::from_millis(5000);
 /// Longest time a caller may ask for.
@@ -37,6 +39,8 @@ pub struct ForkRequest {
     pub mailboxes: Vec<MailboxRequest>,
     /// Limits.
     pub limits: LimitRequest,
+    /// Network.
+    pub network: NetworkRequest,
 }
 
 /// A payload for one mailbox.
@@ -172,6 +176,8 @@ impl ForkRequest {
         }
         self.check_fields()?;
         self.limits.check()?;
+        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        range("the network's timeout in ms", millis(self.network.timeout), 0, millis(MAX_NETWORK_TIMEOUT))?;
         self.address(manifest)
     }
 

@@ -169,8 +169,7 @@ mod tests {
     #[test]
     fn only_what_is_unfinished_is_ended() {
         let state = tempfile::tempdir().unwrap();
-        let place = |name: &str| state.path().join(name);
-        let home = Home { data: place("data"), state: place("state"), cache: place("cache") }.make().unwrap();
+        let home = Home::below(state.path()).make().unwrap();
         let (id, unfinished) = ("0".repeat(20), format!(".new-{}", "1".repeat(20)));
         let start_in = |name: &str| {
             let dir = home.forks().join(name);

@@ -7,6 +7,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::{
+    io::Errno,
+    net::{RecvFlags, recvfrom},
+};
+
 use crate::address::Addresses;
 
 /// The port of the gateway that acknowledgements go to. It is the same for every fork: each has a gateway of its own.
@@ -64,10 +69,34 @@ impl AckSocket {
                 }
                 Err(error) => return Err(error),
             };
-            if from.ip() == self.guest && (1..=MAX_DATAGRAM).contains(&length) {
+            if self.is_good(from, length) {
                 return Ok(Some(AckDatagram { bytes: buffer[..length].to_vec(), from }));
             }
         }
+    }
+
+    /// The next datagram that is there already, without waiting. What is dropped by [`receive`](Self::receive) is dropped here too.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn take(&self) -> io::Result<Option<AckDatagram>> {
+        let mut buffer = [0; MAX_DATAGRAM + 1];
+        loop {
+            let (length, from) = match recvfrom(&self.socket, &mut buffer, RecvFlags::DONTWAIT) {
+                Ok((length, _, from)) => (length, from),
+                Err(Errno::WOULDBLOCK) => return Ok(None),
+                Err(Errno::INTR) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            let from = from.and_then(|from| SocketAddr::try_from(from).ok());
+            if let Some(from) = from.filter(|from| self.is_good(*from, length)) {
+                return Ok(Some(AckDatagram { bytes: buffer[..length].to_vec(), from }));
+            }
+        }
+    }
+
+    fn is_good(&self, from: SocketAddr, length: usize) -> bool {
+        from.ip() == self.guest && (1..=MAX_DATAGRAM).contains(&length)
     }
 
     /// Answers a datagram, so that the guest stops sending it.

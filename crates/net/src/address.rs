@@ -278,6 +278,12 @@ impl Pool {
         Ipv4Addr::from(u32::from(self.v4.network()) + 1)
     }
 
+    /// The addresses of the last lease: no others take more room when they are written down.
+    #[must_use]
+    pub fn largest(&self) -> Addresses {
+        self.addresses(self.nth(self.capacity() - 1).unwrap_or_else(|| self.gateway()))
+    }
+
     /// The `index`-th lease, from 0. `None` past the capacity.
     pub(crate) fn nth(&self, index: u64) -> Option<Ipv4Addr> {
         if index >= self.capacity() {

@@ -5,7 +5,7 @@ use std::{fmt, fs::OpenOptions, str::FromStr};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::{error::missing_capability, user::find_passt};
+use crate::error::missing_capability;
 
 /// How a fork is connected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -40,19 +40,14 @@ impl Mode {
         }
     }
 
-    /// The best that this caller can have here: `tap` if it has the rights and the host has taps, else `user` if passt is installed, else `none`.
+    /// What a fork gets here that was not asked about: `tap` if the caller has the rights and the host has taps, else `none`. `user` is for
+    /// those who ask for it: it does not keep a guest from the host's own services, which nobody should get by default.
     ///
     /// It looks, and tries nothing: [`missing`](crate::missing()) does.
     #[must_use]
     pub fn default_here() -> Self {
         let tun = || OpenOptions::new().read(true).write(true).open("/dev/net/tun").is_ok();
-        if missing_capability().is_none() && tun() {
-            Self::Tap
-        } else if find_passt().is_some() {
-            Self::User
-        } else {
-            Self::None
-        }
+        if missing_capability().is_none() && tun() { Self::Tap } else { Self::None }
     }
 }
 

@@ -3,16 +3,17 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use host::{
-    ForkRecord, ForkRequest, LimitRequest, MailboxRequest, engines,
+    ForkRecord, ForkRequest, LimitRequest, MailboxRequest, NetworkRequest, engines,
     fork::{self, ForkError},
     stop,
 };
 use identity::{MailboxName, Secret};
+use net::{Policy, Rate};
 use serde_json::json;
 
 use super::{Failures, Outcome, failed, open_to_make, pool};
 use crate::{
-    args::Fork,
+    args::{self, Fork},
     assignments::{self, AssignmentError},
     error::Failure,
     output::{
@@ -87,6 +88,24 @@ fn request(args: &Fork) -> Result<ForkRequest, AssignmentError> {
         files: assignments::files(&args.file)?,
         mailboxes: mailboxes(args)?,
         limits: LimitRequest { memory: args.memory_limit, cpu_millis: args.cpus, pids: args.pids },
+        network: network(&args.network)?,
+    })
+}
+
+fn network(args: &args::Network) -> Result<NetworkRequest, AssignmentError> {
+    let policy = Policy {
+        egress: args.egress.clone(),
+        net: args.net.clone(),
+        forwards: args.publish.clone(),
+        rate: args.rate.map(Rate::new).transpose()?,
+    };
+    policy.check()?;
+    Ok(NetworkRequest {
+        mode: args.network,
+        policy,
+        dns: (!args.dns.is_empty()).then(|| args.dns.clone()),
+        timeout: Duration::from_millis(args.network_timeout_ms),
+        later: None,
     })
 }
 

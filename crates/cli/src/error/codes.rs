@@ -12,6 +12,7 @@ use host::{
     fork::ForkError,
     forks::ForksError,
     guest::{CopyError, GuestError},
+    handoff::network::NetworkError,
     home::HomeError,
     limits::LimitError,
     pool::PoolError,
@@ -19,6 +20,7 @@ use host::{
     request::RequestError,
     verify::VerifyError,
 };
+use net::{LeaseError, LinkError, UserError};
 use store::StoreError;
 
 use super::{Coded, FAILED, USAGE};
@@ -34,6 +36,7 @@ impl Coded for HomeError {
     fn code(&self) -> &'static str {
         match self {
             Self::NoHome => "no_home",
+            Self::Pool(_) => "address_pool_invalid",
             Self::Make { .. } => "directory_unusable",
         }
     }
@@ -61,6 +64,7 @@ impl Coded for PoolError {
             Self::TooMany(_) => "pool_too_large",
             Self::Ended => "engine_failed",
             Self::Engine(error) => error.code(),
+            Self::Network(error) => error.code(),
             Self::Begin(error) => error.code(),
             Self::State { .. } => "state_failed",
         }
@@ -187,6 +191,7 @@ impl Coded for ForkError {
             Self::Limit(error) => error.code(),
             Self::Engine(error) => error.code(),
             Self::Deliver(error) => error.code(),
+            Self::Network(error) => error.code(),
             Self::Ack(error) => error.code(),
             Self::State { .. } => "state_failed",
             Self::Random(_) => "no_random_bytes",
@@ -195,16 +200,99 @@ impl Coded for ForkError {
     }
 
     fn exit(&self) -> u8 {
-        if let Self::Request(error) = self { error.exit() } else { FAILED }
+        match self {
+            Self::Request(error) => error.exit(),
+            Self::Network(error) => error.exit(),
+            _ => FAILED,
+        }
     }
 
     fn next(&self) -> Option<String> {
         match self {
             Self::Engine(error) => error.next(),
+            Self::Network(error) => error.next(),
             Self::Deliver(error) => error.next(),
             Self::State { .. } | Self::Random(_) => Some("offshoot doctor".into()),
             _ => None,
         }
+    }
+}
+
+impl Coded for LinkError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Denied { .. } => "network_denied",
+            Self::Lease(LeaseError::Exhausted { .. }) => "addresses_exhausted",
+            Self::Policy(_) => "network_policy_invalid",
+            Self::PortTaken { .. } => "port_taken",
+            Self::TooManyNets => "too_many_nets",
+            Self::Busy(_) => "network_busy",
+            _ => "network_failed",
+        }
+    }
+
+    fn exit(&self) -> u8 {
+        if matches!(self, Self::Policy(_)) { USAGE } else { FAILED }
+    }
+
+    fn next(&self) -> Option<String> {
+        match self {
+            Self::Lease(LeaseError::Exhausted { .. }) | Self::Exists(_) | Self::Absent(_) => {
+                Some("offshoot cleanup".into())
+            }
+            Self::Denied { .. } | Self::Step { .. } | Self::File { .. } => Some("offshoot doctor".into()),
+            _ => None,
+        }
+    }
+}
+
+impl Coded for UserError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::NeedsTap { .. } => "needs_tap",
+            Self::NoPasst => "passt_missing",
+            Self::Policy(_) => "network_policy_invalid",
+            Self::PortTaken { .. } => "port_taken",
+            Self::LowPort { .. } => "port_privileged",
+            Self::MachineEnded => "fork_ended",
+            Self::Refused { .. } | Self::Step { .. } => "network_failed",
+        }
+    }
+
+    fn exit(&self) -> u8 {
+        if matches!(self, Self::NeedsTap { .. } | Self::Policy(_)) { USAGE } else { FAILED }
+    }
+
+    fn next(&self) -> Option<String> {
+        matches!(self, Self::Refused { .. } | Self::Step { .. }).then(|| "offshoot doctor".into())
+    }
+}
+
+impl Coded for NetworkError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::NoCard(_) => "no_network_card",
+            Self::NoMeaning { .. } => "no_network",
+            Self::User(error) => error.code(),
+            Self::OnePortManyForks(_) => "one_port_many_forks",
+            Self::Link(error) => error.code(),
+            Self::Section(_) => "network_section_invalid",
+            Self::NoAck { .. } => "network_ack_timeout",
+            Self::Refused(_) => "network_refused",
+        }
+    }
+
+    fn exit(&self) -> u8 {
+        match self {
+            Self::NoMeaning { .. } | Self::OnePortManyForks(_) => USAGE,
+            Self::Link(error) => error.exit(),
+            Self::User(error) => error.exit(),
+            _ => FAILED,
+        }
+    }
+
+    fn next(&self) -> Option<String> {
+        if let Self::Link(error) = self { error.next() } else { None }
     }
 }
 

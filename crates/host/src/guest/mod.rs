@@ -16,11 +16,12 @@ use engine::CONTROL_CHANNELS;
 use guest_api::{
     proto::{
         EvalReply, EvalRequest, LogChunk, LogsRequest, PingReply, PingRequest, QuiesceReply, QuiesceRequest,
-        WarmRequest, agent_client::AgentClient,
+        ReconfigureNetworkReply, ReconfigureNetworkRequest, WarmRequest, agent_client::AgentClient,
     },
     session::{self, Session},
 };
 use hyper_util::rt::TokioIo;
+use identity::ForkId;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use thiserror::Error;
 use tokio::{net::UnixStream, time::timeout};
@@ -160,6 +161,30 @@ impl GuestChannel {
     pub async fn quiesce(&mut self, limit: Duration) -> Result<QuiesceReply, GuestError> {
         let timeout_ms = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
         within(limit + Duration::from_secs(10), self.client.quiesce(QuiesceRequest { timeout_ms })).await
+    }
+
+    /// Configures the network of fork `id` (again) from the bytes of a network section.
+    ///
+    /// # Errors
+    /// [`GuestError`]; it may be tried again.
+    pub async fn reconfigure_network(
+        &mut self,
+        id: &ForkId,
+        section: Vec<u8>,
+        limit: Duration,
+    ) -> Result<ReconfigureNetworkReply, GuestError> {
+        let request = ReconfigureNetworkRequest { fork_id: id.to_string(), section };
+        within(limit, self.client.reconfigure_network(request)).await
+    }
+
+    /// Runs a command as root without input, and throws its output away.
+    ///
+    /// # Errors
+    /// [`GuestError`]. That the command failed is no error.
+    pub async fn run_command(&mut self, argv: Vec<String>, limit: Duration) -> Result<ExecResult, GuestError> {
+        let options = ExecOptions { argv, timeout: Some(limit), ..ExecOptions::default() };
+        let (_, no_controls) = tokio::sync::mpsc::channel(1);
+        self.exec(options, None::<tokio::io::Empty>, tokio::io::sink(), tokio::io::sink(), no_controls).await
     }
 
     /// Evaluates code in the warmed runtime. What went wrong in the code is in the reply.

@@ -3,8 +3,8 @@
 use std::time::{Duration, SystemTime};
 
 use identity::{
-    AckKey, Action, ClockNanos, Document, File, ForkId, ForkIdentity, ForkName, Limits, MailboxName, Network as Section,
-    Secret, Tag,
+    AckKey, Action, ClockNanos, Document, File, ForkId, ForkIdentity, ForkName, Limits, MailboxName,
+    Network as Section, Secret, Tag,
     document::{ENTROPY_LEN, format_for},
 };
 use memory::Mailbox;
@@ -53,12 +53,7 @@ impl<'a> IdentityHandoff<'a> {
         })
     }
 
-    fn document(
-        &self,
-        fork: ForkIdentity,
-        ack_key: &AckKey,
-        network: Option<Section>,
-    ) -> Result<Document, ForkError> {
+    fn document(&self, fork: ForkIdentity, ack_key: &AckKey, network: Option<Section>) -> Result<Document, ForkError> {
         let request = self.request;
         let files = request.files.iter().map(|(path, (content, mode))| File {
             path: path.clone(),

@@ -18,7 +18,7 @@ use ::identity::{AckKey, ForkId, ForkName, MailboxName, Network as Section, Secr
 use engine::{AckStream, Letter, NetworkEnd};
 use memory::Mailbox;
 
-pub(crate) use self::{identity::IdentityHandoff, mailboxes::MailboxesHandoff, network::NetworkHandoff};
+pub(crate) use self::{identity::IdentityHandoff, mailboxes::MailboxesHandoff};
 use crate::{acks::Waiter, fault, fork::ForkError, record::ForkRecord};
 
 /// A fork that is being made, as far as its handoffs have to know it.
@@ -38,12 +38,14 @@ pub(crate) struct Draft {
 #[derive(Debug)]
 pub(crate) enum End {
     Tap(OwnedFd),
+    Stream(OwnedFd),
 }
 
 impl End {
     pub(crate) fn as_network_end(&self) -> NetworkEnd<'_> {
         match self {
             Self::Tap(tap) => NetworkEnd::Tap(tap.as_fd()),
+            Self::Stream(socket) => NetworkEnd::Stream(socket.as_fd()),
         }
     }
 }

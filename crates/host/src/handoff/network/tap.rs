@@ -1,12 +1,10 @@
-//! The handoff of who a fork is on the wire.
+//! By tap: a link in a namespace of the fork's own, which is opened when the fork says that it is itself.
 //!
 //! ```text
 //! prepare: lease, namespace, tap, closed link; the socket for acks
-//! letters: the network section goes with the identity
 //! after_resume:
 //!   the fork says "applied" on its ack port or in a datagram ─► the link is opened
 //!   its datagram comes                                       ─► confirmed; done
-//!   "network-pending" on the ack port    ─► ReconfigureNetwork over the control channel
 //!   applied, and no datagram for a while ─► ReconfigureNetwork, then `ip` through exec, then the fork is destroyed
 //! ```
 //!
@@ -17,73 +15,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use identity::{
-    Ack, AckKey, ForkId, Inet, MacAddress, MailboxName, Network as Section, NetworkError as SectionError, Stage, Tag,
-    ack::confirmation,
-};
-use net::{ACK_PORT, AckSocket, Addresses, ClosedLink, LinkError, MTU, Network, OpenLink, TapOptions};
-use thiserror::Error;
+use identity::{Ack, AckKey, ForkId, MailboxName, Network as Section, Stage, ack::confirmation};
+use net::{AckSocket, ClosedLink, Dns, LinkError, Network, OpenLink, Reach, TapOptions};
 
-use super::{Arrival, Draft, End, Handoff};
+use super::{NetworkError, Troubles, commands, tap_section};
 use crate::{
     fork::ForkError,
-    guest::{GuestChannel, GuestError},
+    handoff::{Arrival, Draft, End, Handoff},
     network::{Mode, NetworkReport, NetworkRequest, NetworkState, Way},
     record::ForkRecord,
 };
 
 /// How long a datagram is waited for before the next way is tried. The guest sends it again within 20 ms at first; a busy host answers late.
 const NEXT_WAY: Duration = Duration::from_secs(2);
-/// Time for the guest to configure its network again.
-const RECONFIGURE_LIMIT: Duration = Duration::from_secs(5);
-/// How often a fork that could not apply its network is asked to do it again.
-const RECONFIGURE_TRIES: usize = 3;
-/// How commands in the guest call the card: the only one that a guest of ours has.
-const CARD: &str = "eth0";
-
-/// Why a fork's network is not as it was asked for.
-#[derive(Debug, Error)]
-pub enum NetworkError {
-    /// The template was made without a card.
-    #[error(
-        "template {0} has no network card, so its forks can have no network; build it again with this offshoot, or leave --network out"
-    )]
-    NoCard(Tag),
-    /// Something that only a tap can do.
-    #[error("{option} needs --network tap, not {mode}")]
-    NeedsTap {
-        /// What was asked for.
-        option: &'static str,
-        /// The network it was asked with.
-        mode: Mode,
-    },
-    /// One port of the host for several forks.
-    #[error("a port of the host leads to one fork only; make the {0} forks one by one, each with a --publish of its own")]
-    OnePortManyForks(usize),
-    /// The host's side.
-    #[error(transparent)]
-    Link(#[from] LinkError),
-    /// What would be told to the guest is not valid.
-    #[error(transparent)]
-    Section(#[from] SectionError),
-    /// No ack, whichever way was tried.
-    #[error(
-        "the fork's network was not acknowledged within {} ms after its identity{}", limit.as_millis(), troubles_text(troubles)
-    )]
-    NoAck {
-        /// The deadline.
-        limit: Duration,
-        /// What was tried and what became of it.
-        troubles: Vec<String>,
-    },
-    /// The guest could not do it, and could not be helped.
-    #[error("the fork could not configure its network: {0}")]
-    Refused(String),
-}
-
-fn troubles_text(troubles: &[String]) -> String {
-    if troubles.is_empty() { String::new() } else { format!(" ({})", troubles.join("; ")) }
-}
 
 /// A fork's link, as far as it is.
 #[derive(Debug)]
@@ -97,7 +41,7 @@ enum Link {
 
 /// A fork's network by tap.
 #[derive(Debug)]
-pub(crate) struct NetworkHandoff<'a> {
+pub(crate) struct TapHandoff<'a> {
     network: &'a Network,
     request: &'a NetworkRequest,
     link: Link,
@@ -108,10 +52,10 @@ pub(crate) struct NetworkHandoff<'a> {
     state: NetworkState,
     way: Option<Way>,
     acked_micros: Option<u64>,
-    troubles: Vec<String>,
+    troubles: Troubles,
 }
 
-impl<'a> NetworkHandoff<'a> {
+impl<'a> TapHandoff<'a> {
     pub(crate) fn new(network: &'a Network, request: &'a NetworkRequest) -> Self {
         Self {
             network,
@@ -124,7 +68,7 @@ impl<'a> NetworkHandoff<'a> {
             state: NetworkState::Waiting,
             way: None,
             acked_micros: None,
-            troubles: Vec::new(),
+            troubles: Troubles::default(),
         }
     }
 
@@ -161,44 +105,11 @@ impl<'a> NetworkHandoff<'a> {
         Ok(good)
     }
 
-    fn reconfigure(&mut self, arrival: &Arrival<'_>, why: &str) -> bool {
-        let section = self.section.as_ref().map(Section::to_bytes).unwrap_or_default();
-        let done = in_guest(async {
-            let mut guest = GuestChannel::connect(arrival.dir, RECONFIGURE_LIMIT).await?;
-            guest.reconfigure_network(arrival.id, section, RECONFIGURE_LIMIT).await
-        });
-        self.trouble(why, "ReconfigureNetwork", &done.map(drop));
-        self.troubles.last().is_some_and(|trouble| trouble.ends_with("done"))
-    }
-
-    /// The last way: the commands that a person would type.
-    fn run_commands(&mut self, arrival: &Arrival<'_>, why: &str) {
-        let Some(section) = &self.section else { return };
-        let commands = commands(section);
-        let done = in_guest(async {
-            let mut guest = GuestChannel::connect(arrival.dir, RECONFIGURE_LIMIT).await?;
-            for command in commands {
-                let text = command.join(" ");
-                let result = guest.run_command(command, RECONFIGURE_LIMIT).await?;
-                if result.code != 0 {
-                    return Err(GuestError::Refused(format!("`{text}` ended with {}", result.code)));
-                }
-            }
-            Ok(())
-        });
-        self.trouble(why, "ip", &done);
-    }
-
-    fn trouble(&mut self, why: &str, what: &str, done: &Result<(), GuestError>) {
-        let end = done.as_ref().map_or_else(|error| format!("failed: {error}"), |()| "done".into());
-        self.troubles.push(format!("{why}; {what}: {end}"));
-    }
-
     fn wait(&mut self, arrival: &mut Arrival<'_>) -> Result<(), ForkError> {
         let resumed = Instant::now();
         let identity = MailboxName::identity();
         let mut ways = [Way::Reconfigured, Way::Commands].into_iter();
-        let (mut way, mut tries, mut acked) = (Way::Datagram, 0, false);
+        let (mut way, mut acked) = (Way::Datagram, false);
         let mut applied: Option<(Instant, Instant)> = None;
         loop {
             if !acked && self.take_datagrams(arrival)? {
@@ -218,12 +129,8 @@ impl<'a> NetworkHandoff<'a> {
             }
             if let Some(reason) = arrival.waiter.take_network_pending() {
                 way = Way::Reconfigured;
-                while !self.reconfigure(arrival, &reason) {
-                    tries += 1;
-                    if tries >= RECONFIGURE_TRIES {
-                        return Err(NetworkError::Refused(self.troubles.join("; ")).into());
-                    }
-                }
+                let section = self.section.as_ref().ok_or_else(no_fork)?;
+                self.troubles.help(arrival, section, &reason)?;
             }
             let now = Instant::now();
             let limit = self.request.timeout();
@@ -234,7 +141,7 @@ impl<'a> NetworkHandoff<'a> {
                     Some(now + NEXT_WAY.min(limit))
                 }
                 (Some((deadline, _)), _) if now >= *deadline => {
-                    let troubles = std::mem::take(&mut self.troubles);
+                    let troubles = std::mem::take(&mut self.troubles.0);
                     return Err(NetworkError::NoAck { limit, troubles }.into());
                 }
                 (Some((deadline, next)), _) => {
@@ -242,9 +149,10 @@ impl<'a> NetworkHandoff<'a> {
                         if let Some(another) = ways.next() {
                             way = another;
                             let why = "no ack came over the network";
+                            let section = self.section.as_ref().ok_or_else(no_fork)?;
                             match way {
-                                Way::Commands => self.run_commands(arrival, why),
-                                _ => drop(self.reconfigure(arrival, why)),
+                                Way::Commands => self.troubles.note(why, "ip", &commands::run(arrival, section)),
+                                _ => drop(self.troubles.reconfigure(arrival, section, why)),
                             }
                         }
                         *next = Instant::now() + NEXT_WAY;
@@ -267,50 +175,7 @@ fn answer(ack: &Ack, line: &[u8], key: Option<&AckKey>) -> Option<String> {
     good.then(|| confirmation(line, key?)).flatten()
 }
 
-/// Runs what talks to a guest, on a thread that has no runtime.
-fn in_guest<T>(future: impl Future<Output = Result<T, GuestError>>) -> Result<T, GuestError> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(future)
-}
-
-/// What a fork with these addresses is told.
-pub(crate) fn section(addresses: &Addresses, dns: &[std::net::IpAddr]) -> Result<Section, NetworkError> {
-    let mac = |mac: net::MacAddress| {
-        MacAddress::new(mac.0).map_err(|_| SectionError::Field { field: "mac", rule: "locally administered" })
-    };
-    let section = Section {
-        mac: mac(addresses.mac)?,
-        mtu: MTU,
-        ipv4: Some(Inet { address: addresses.v4, prefix: 32, gateway: Some(addresses.gateway_v4) }),
-        ipv6: addresses.v6.map(|address| Inet { address, prefix: 128, gateway: addresses.gateway_v6 }),
-        gateway_mac: Some(mac(net::MacAddress::GATEWAY)?),
-        dns: dns.to_vec(),
-        search: Vec::new(),
-        ack: Some((addresses.gateway_v4, ACK_PORT).into()),
-    };
-    section.check()?;
-    Ok(section)
-}
-
-/// The section as commands of iproute2 or busybox, each as its arguments: no shell reads them.
-fn commands(section: &Section) -> Vec<Vec<String>> {
-    let mut lines = vec![
-        format!("ip link set dev {CARD} down"),
-        format!("ip link set dev {CARD} address {}", section.mac),
-        format!("ip link set dev {CARD} mtu {}", section.mtu),
-        format!("ip link set dev {CARD} up"),
-    ];
-    if let Some(inet) = &section.ipv4 {
-        lines.push(format!("ip addr replace {}/{} dev {CARD}", inet.address, inet.prefix));
-        if let Some(gateway) = inet.gateway {
-            lines.push(format!("ip route replace {gateway} dev {CARD}"));
-            lines.push(format!("ip route replace default via {gateway} dev {CARD}"));
-        }
-    }
-    lines.iter().map(|line| line.split(' ').map(str::to_owned).collect()).collect()
-}
-
-impl<'a> Handoff<'a> for NetworkHandoff<'a> {
+impl<'a> Handoff<'a> for TapHandoff<'a> {
     fn name(&self) -> &'static str {
         "network"
     }
@@ -337,7 +202,12 @@ impl<'a> Handoff<'a> for NetworkHandoff<'a> {
             (self.tap, self.acks) = (Some(tap), Some(acks));
         }
         self.link = Link::Closed(link);
-        let section = section(&addresses, self.request.dns.as_deref().unwrap_or_default())?;
+        let asked = self.request.dns.as_deref().unwrap_or_default();
+        let reach =
+            Reach { mode: Mode::Tap, egress: &self.request.policy.egress, v4: true, v6: addresses.v6.is_some() };
+        let dns = Dns::of(reach, asked);
+        self.troubles.0.extend(dns.warning());
+        let section = tap_section(&addresses, &dns.servers)?;
         draft.network = Some(section.clone());
         self.section = Some(section);
         Ok(())
@@ -374,7 +244,8 @@ impl<'a> Handoff<'a> for NetworkHandoff<'a> {
             state: self.state,
             way: self.way,
             acked_micros: self.acked_micros,
-            troubles: std::mem::take(&mut self.troubles),
+            troubles: std::mem::take(&mut self.troubles.0),
+            process: None,
         });
     }
 
