@@ -81,7 +81,8 @@ pub struct Machine {
     pub memory_bytes: u64,
     /// Number of virtual CPUs.
     pub vcpus: u32,
-    /// Whether it has a network card. Machines of older templates have none.
+    /// Whether it has a network card. Machines of older templates have none. Without offloads Linux gives it buffers for frames of up to 1514
+    /// bytes: the MTU of what it is connected to is at most 1500.
     #[serde(default)]
     pub network: bool,
 }
