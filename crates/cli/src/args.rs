@@ -3,7 +3,7 @@
 
 use std::{net::IpAddr, path::PathBuf, time::Duration};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use host::network::Mode;
 use identity::{ForkName, MailboxName, Tag};
@@ -85,6 +85,9 @@ pub enum Command {
     Pool(Pool),
     /// Find what a crash left behind; remove it with --yes
     Cleanup(Cleanup),
+    /// Wait for the network of a fork; the task comes on standard input
+    #[command(hide = true)]
+    ObserveNetwork,
     /// Say what this machine can do, and what to do about the rest
     Doctor,
     /// Print a completion script for a shell
@@ -255,6 +258,22 @@ pub struct Network {
     /// How long to wait for the fork's network, up to 30000; 0 is the default of 10000
     #[arg(long, value_name = "MS", default_value_t = 0, hide_default_value = true)]
     pub network_timeout_ms: u64,
+    /// Whether to wait for the network at all; with false it opens when the fork has acknowledged it, and `inspect` shows whether it has
+    #[arg(long, value_name = "BOOL", default_value_t = true, hide_default_value = true, action = ArgAction::Set, num_args = 0..=1,
+          default_missing_value = "true", require_equals = true)]
+    pub wait_network: bool,
+    /// What becomes of a fork whose network is not acknowledged in time, where nobody waits: kill or keep
+    #[arg(long, value_name = "kill|keep", default_value = "kill", hide_default_value = true)]
+    pub on_network_failure: OnFailureArg,
+}
+
+/// What becomes of a fork whose network is not acknowledged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnFailureArg {
+    /// It is destroyed
+    Kill,
+    /// It lives on, and its network stays closed
+    Keep,
 }
 
 /// `exec`
@@ -386,6 +405,9 @@ pub struct Bench {
     /// Rounds of each
     #[arg(long, value_name = "R", default_value = "5", value_parser = values::at_least_one, allow_negative_numbers = true)]
     pub rounds: usize,
+    /// What the network cards lead to [default: as `fork`]
+    #[arg(long, value_name = "none|user|tap", env = "OFFSHOOT_NETWORK", hide_env_values = true)]
+    pub network: Option<Mode>,
 }
 
 /// `pool`

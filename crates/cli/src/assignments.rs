@@ -32,6 +32,9 @@ pub enum AssignmentError {
         /// Its form.
         form: &'static str,
     },
+    /// What is to wait for a fork's network can not be found.
+    #[error("the program that would wait for the fork's network can not be found: {0}")]
+    OwnProgram(io::Error),
     /// What may pass a fork's network can not be so.
     #[error(transparent)]
     Policy(#[from] net::PolicyError),
@@ -130,6 +133,7 @@ impl Coded for AssignmentError {
             Self::NoPayload { .. } => "mailbox_without_payload",
             Self::NegativeAckTimeout(_) => "negative_ack_timeout",
             Self::Policy(_) => "network_policy_invalid",
+            Self::OwnProgram(_) => "internal",
         }
     }
 

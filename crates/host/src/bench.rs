@@ -11,6 +11,7 @@ use crate::{
     fork::{self, ForkError},
     forks,
     home::Home,
+    network::{Mode, NetworkRequest},
     pool::{self, PoolError},
     progress::Progress,
     record::StepTime,
@@ -77,9 +78,10 @@ pub fn bench(
     template: &Template,
     sizes: &[usize],
     rounds: usize,
+    network: Option<Mode>,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Vec<BenchRow>, BenchError> {
-    sizes.iter().map(|&size| bench_size(home, engine, template, size, rounds, progress)).collect()
+    sizes.iter().map(|&size| bench_size(home, engine, template, size, rounds, network, progress)).collect()
 }
 
 fn bench_size(
@@ -88,9 +90,11 @@ fn bench_size(
     template: &Template,
     size: usize,
     rounds: usize,
+    network: Option<Mode>,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<BenchRow, BenchError> {
-    let request = ForkRequest { count: size, ..ForkRequest::default() };
+    let network = NetworkRequest { mode: network, ..NetworkRequest::default() };
+    let request = ForkRequest { count: size, network, ..ForkRequest::default() };
     let (mut acked, mut all, mut memory, mut failed) = (Vec::new(), Vec::new(), Vec::new(), 0);
     let (mut host_steps, mut guest_steps) = (BTreeMap::new(), BTreeMap::new());
     for round in 0..rounds {

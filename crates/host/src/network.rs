@@ -3,6 +3,7 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -13,7 +14,10 @@ use serde::{Deserialize, Serialize};
 
 pub use net::Mode;
 
-use crate::{home::Home, record::ForkRecord};
+use crate::{
+    home::Home,
+    record::{self, ForkRecord},
+};
 
 /// How long a fork's network ack is awaited when the caller does not say, from the moment its identity was acknowledged.
 pub const DEFAULT_NETWORK_TIMEOUT: Duration = Duration::from_secs(10);
@@ -45,8 +49,18 @@ pub struct NetworkRequest {
     pub dns: Option<Vec<IpAddr>>,
     /// How long the ack is awaited; zero is [`DEFAULT_NETWORK_TIMEOUT`].
     pub timeout: Duration,
-    /// Whether the fork counts as made before its network is acknowledged; then what to do if that does not happen.
-    pub later: Option<OnFailure>,
+    /// Whether the fork counts as made before its network is acknowledged.
+    pub later: Option<Later>,
+}
+
+/// A fork counts as made before its network is acknowledged.
+#[derive(Debug, Clone)]
+pub struct Later {
+    /// What becomes of it if that does not happen in time.
+    pub on_failure: OnFailure,
+    /// The program that waits for it, in a process of its own: `PROGRAM observe-network`, which calls
+    /// [`observe`](crate::handoff::network::observer::observe) with what it reads.
+    pub program: PathBuf,
 }
 
 impl NetworkRequest {
@@ -112,6 +126,42 @@ pub struct NetworkReport {
     /// The program that it is connected by, in mode `user`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub process: Option<UserProcess>,
+}
+
+/// What became of a network that was not acknowledged yet when its fork was made. It is a file of its own: the record of a fork does not
+/// change.
+const OUTCOME: &str = "network.json";
+
+/// What whoever waited for a fork's network found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Outcome {
+    /// How far it is.
+    pub state: NetworkState,
+    /// How it came to be acknowledged.
+    pub way: Option<Way>,
+    /// What went wrong on the way there.
+    pub troubles: Vec<String>,
+}
+
+impl Outcome {
+    /// Notes it in a fork's directory.
+    pub(crate) fn write(&self, dir: &Path) -> io::Result<()> {
+        record::write_json(dir, OUTCOME, self)
+    }
+}
+
+/// A fork's network as it is now: its record, and what was found since that was written. `dir` is the fork's.
+#[must_use]
+pub fn now(record: &ForkRecord, dir: &Path) -> Option<NetworkReport> {
+    let mut report = record.network.clone()?;
+    if report.state == NetworkState::Waiting
+        && let Ok(Outcome { state, way, troubles }) = record::read_json(&dir.join(OUTCOME))
+    {
+        (report.state, report.way) = (state, way);
+        report.troubles.extend(troubles);
+    }
+    Some(report)
 }
 
 /// The network of this host, for forks of this home.

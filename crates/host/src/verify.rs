@@ -18,6 +18,7 @@ use crate::{
     forks,
     guest::{GuestChannel, GuestError},
     home::Home,
+    network::Mode,
     progress::Progress,
     record::ForkRecord,
     request::ForkRequest,
@@ -190,15 +191,26 @@ async fn ask(
     }
 
     let mut values = facts(&mut channel).await.map_err(guest)?;
-    for (field, wanted) in [
-        ("id", record.id.as_str()),
-        ("name", record.name.as_str()),
-        ("hostname", record.hostname.as_str()),
-        ("machine_id", &record.machine_id),
-        ("boot_id", &record.boot_id),
-    ] {
+    let mut all = vec![
+        ("id", record.id.to_string()),
+        ("name", record.name.to_string()),
+        ("hostname", record.hostname.to_string()),
+        ("machine_id", record.machine_id.clone()),
+        ("boot_id", record.boot_id.clone()),
+    ];
+    if let Some(network) = &record.network {
+        all.push(("mac", network.mac.clone()));
+        all.extend(network.ipv4.map(|address| ("ipv4", address.to_string())));
+        all.extend(network.ipv6.map(|address| ("ipv6", address.to_string())));
+        if network.mode != Mode::Tap {
+            // Between a fork and its own program these say nothing to anybody else, and all forks have the same.
+            values.retain(|field, _| !matches!(field.as_str(), "ipv4" | "ipv6"));
+            all.retain(|(field, _)| !matches!(*field, "ipv4" | "ipv6"));
+        }
+    }
+    for (field, wanted) in all {
         match values.get(field) {
-            Some(seen) if seen == wanted => {}
+            Some(seen) if *seen == wanted => {}
             seen => problems.push(format!("{name} shows {field} {seen:?} instead of {wanted:?}")),
         }
     }

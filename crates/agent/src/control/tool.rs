@@ -6,6 +6,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     io::{self, BufReader, BufWriter, Write},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -82,6 +83,33 @@ fn unpack(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Who a workload is on the wire: its card's address if that is up, and the addresses that it would send from. Nothing is sent for that.
+fn network_facts() -> [(&'static str, Option<String>); 3] {
+    let card = || {
+        let cards = fs::read_dir("/sys/class/net").ok()?.flatten().map(|entry| entry.path());
+        let is_up = |card: &Path| {
+            let flags = fs::read_to_string(card.join("flags")).unwrap_or_default();
+            let flags = u32::from_str_radix(flags.trim().trim_start_matches("0x"), 16).unwrap_or_default();
+            // IFF_UP, and not IFF_LOOPBACK.
+            flags & 0b1001 == 0b0001
+        };
+        let card = cards.filter(|card| is_up(card)).min()?;
+        Some(fs::read_to_string(card.join("address")).ok()?.trim_end().to_owned())
+    };
+    let source = |any: IpAddr, far: IpAddr| {
+        let socket = UdpSocket::bind((any, 0)).ok()?;
+        socket.connect((far, 9)).ok()?;
+        Some(socket.local_addr().ok()?.ip().to_string())
+    };
+    // Addresses of documentation (RFC 5737, RFC 3849): nobody has them.
+    let far_v6 = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
+    [
+        ("mac", card()),
+        ("ipv4", source(Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::new(192, 0, 2, 1).into())),
+        ("ipv6", source(Ipv6Addr::UNSPECIFIED.into(), far_v6.into())),
+    ]
+}
+
 /// What a workload sees of itself.
 fn facts() -> io::Result<()> {
     let read = |path: &str| fs::read_to_string(path).ok().map(|text| text.trim_end().to_owned());
@@ -93,6 +121,7 @@ fn facts() -> io::Result<()> {
     facts.insert("uuid", read("/proc/sys/kernel/random/uuid"));
     facts.insert("id", read("/run/offshoot/id"));
     facts.insert("name", read("/run/offshoot/name"));
+    facts.extend(network_facts());
     let mut bytes = [0; 16];
     getrandom::fill(&mut bytes).map_err(|error| io::Error::other(error.to_string()))?;
     facts.insert("getrandom", Some(format!("{:032x}", u128::from_be_bytes(bytes))));

@@ -25,9 +25,10 @@ pub fn run(args: &Bench, output: &Output) -> Outcome {
     let manifest = template.manifest();
     let engine = engines::for_template(manifest)?;
     let mut reporter = Reporter::new(output);
-    let rows = bench::bench(&home, engine.as_ref(), &template, &args.at_once, args.rounds, &mut |progress| {
-        reporter.show(&progress);
-    });
+    let rows =
+        bench::bench(&home, engine.as_ref(), &template, &args.at_once, args.rounds, args.network, &mut |progress| {
+            reporter.show(&progress);
+        });
     drop(reporter);
     pool::fill_later(&home, &args.tag);
     let rows = rows.map_err(failed)?;

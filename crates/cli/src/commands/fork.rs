@@ -1,10 +1,11 @@
 //! `fork`
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, env, time::Duration};
 
 use host::{
     ForkRecord, ForkRequest, LimitRequest, MailboxRequest, NetworkRequest, engines,
     fork::{self, ForkError},
+    network::{Later, OnFailure},
     stop,
 };
 use identity::{MailboxName, Secret};
@@ -100,12 +101,20 @@ fn network(args: &args::Network) -> Result<NetworkRequest, AssignmentError> {
         rate: args.rate.map(Rate::new).transpose()?,
     };
     policy.check()?;
+    let on_failure = match args.on_network_failure {
+        args::OnFailureArg::Kill => OnFailure::Kill,
+        args::OnFailureArg::Keep => OnFailure::Keep,
+    };
+    let later = match args.wait_network {
+        true => None,
+        false => Some(Later { on_failure, program: env::current_exe().map_err(AssignmentError::OwnProgram)? }),
+    };
     Ok(NetworkRequest {
         mode: args.network,
         policy,
         dns: (!args.dns.is_empty()).then(|| args.dns.clone()),
         timeout: Duration::from_millis(args.network_timeout_ms),
-        later: None,
+        later,
     })
 }
 

@@ -1,6 +1,6 @@
 //! `inspect`: the record as it is on disk, and what can only be asked now. It is JSON for people too.
 
-use host::forks;
+use host::{forks, network};
 use serde_json::{Value, json};
 
 use super::{Outcome, open};
@@ -13,6 +13,9 @@ pub fn run(args: &OfFork, output: &Output) -> Outcome {
     let memory = if alive { forks::memory_of(&record) } else { None };
     let mut value = serde_json::to_value(&record).map_err(|error| Failure::of("internal", &error))?;
     if let Value::Object(fields) = &mut value {
+        if let Some(network) = network::now(&record, &forks::dir(&home, &record)) {
+            fields.insert("network".into(), json!(network));
+        }
         fields.insert("alive".into(), json!(alive));
         fields.insert("directory".into(), json!(forks::dir(&home, &record)));
         fields.insert("private_bytes".into(), json!(memory.map(|memory| memory.0)));

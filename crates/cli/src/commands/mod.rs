@@ -14,6 +14,7 @@ mod kill;
 mod logs;
 mod ls;
 mod mailboxes;
+mod observe_network;
 mod ping;
 mod pool;
 mod rmi;
@@ -59,6 +60,7 @@ pub fn run(command: Command, output: &Output) -> Outcome {
         Command::Bench(args) => bench::run(&args, output),
         Command::Pool(args) => pool::run(&args, output),
         Command::Cleanup(args) => cleanup::run(&args, output),
+        Command::ObserveNetwork => observe_network::run(),
         Command::Doctor => doctor::run(output),
         Command::Completions(args) => completions::run(&args),
         Command::Version => version::run(output),

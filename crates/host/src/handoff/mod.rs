@@ -124,6 +124,9 @@ pub(crate) trait Handoff<'a>: std::fmt::Debug {
         let _ = record;
     }
 
+    /// The fork is published.
+    fn published(&mut self) {}
+
     /// Undoes what there is, kept or not.
     fn close(&mut self) {}
 }
@@ -181,6 +184,7 @@ impl<'a> Handoffs<'a> {
     /// The fork is published: it is for whoever ends it to close them.
     pub(crate) fn release(mut self) {
         self.released = true;
+        self.list.iter_mut().for_each(|handoff| handoff.published());
     }
 }
 

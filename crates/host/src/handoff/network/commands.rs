@@ -1,20 +1,19 @@
 //! The last way to configure a fork's network: the commands that a person would type.
 
+use std::path::Path;
+
 use identity::Network as Section;
 
 use super::{RECONFIGURE_LIMIT, in_guest};
-use crate::{
-    guest::{GuestChannel, GuestError},
-    handoff::Arrival,
-};
+use crate::guest::{GuestChannel, GuestError};
 
 /// How commands in the guest call the card: the only one that a guest of ours has.
 const CARD: &str = "eth0";
 
 /// Runs them in the guest, up to the first that fails.
-pub(super) fn run(arrival: &Arrival<'_>, section: &Section) -> Result<(), GuestError> {
+pub(super) fn run(dir: &Path, section: &Section) -> Result<(), GuestError> {
     in_guest(async {
-        let mut guest = GuestChannel::connect(arrival.dir, RECONFIGURE_LIMIT).await?;
+        let mut guest = GuestChannel::connect(dir, RECONFIGURE_LIMIT).await?;
         for command in commands(section) {
             let text = command.join(" ");
             let result = guest.run_command(command, RECONFIGURE_LIMIT).await?;

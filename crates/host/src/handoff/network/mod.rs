@@ -11,15 +11,17 @@
 //! By [tap](tap) the fork also has to answer over the wire itself.
 
 mod commands;
+pub mod observer;
 mod tap;
 mod user;
 
 use std::{
     net::{IpAddr, SocketAddr},
+    path::Path,
     time::Duration,
 };
 
-use identity::{Inet, MacAddress, Network as Section, NetworkError as SectionError, Tag};
+use identity::{ForkId, Inet, MacAddress, Network as Section, NetworkError as SectionError, Tag};
 use net::{ACK_PORT, Addresses, LinkError, MTU, UserAddresses, UserError};
 use thiserror::Error;
 
@@ -98,10 +100,10 @@ impl Troubles {
     }
 
     /// Has the fork configure its network again.
-    fn reconfigure(&mut self, arrival: &Arrival<'_>, section: &Section, why: &str) -> bool {
+    fn reconfigure(&mut self, dir: &Path, id: &ForkId, section: &Section, why: &str) -> bool {
         let done = in_guest(async {
-            let mut guest = GuestChannel::connect(arrival.dir, RECONFIGURE_LIMIT).await?;
-            guest.reconfigure_network(arrival.id, section.to_bytes(), RECONFIGURE_LIMIT).await
+            let mut guest = GuestChannel::connect(dir, RECONFIGURE_LIMIT).await?;
+            guest.reconfigure_network(id, section.to_bytes(), RECONFIGURE_LIMIT).await
         });
         let done = done.map(drop);
         self.note(why, "ReconfigureNetwork", &done);
@@ -111,7 +113,7 @@ impl Troubles {
     /// Has a fork that waits for its network configure it again, a few times.
     fn help(&mut self, arrival: &Arrival<'_>, section: &Section, why: &str) -> Result<(), NetworkError> {
         for _ in 0..RECONFIGURE_TRIES {
-            if self.reconfigure(arrival, section, why) {
+            if self.reconfigure(arrival.dir, arrival.id, section, why) {
                 return Ok(());
             }
         }

@@ -18,7 +18,11 @@ use std::{
 use identity::{Ack, AckKey, ForkId, MailboxName, Network as Section, Stage, ack::confirmation};
 use net::{AckSocket, ClosedLink, Dns, LinkError, Network, OpenLink, Reach, TapOptions};
 
-use super::{NetworkError, Troubles, commands, tap_section};
+use super::{
+    NetworkError, Troubles, commands,
+    observer::{Observer, Task},
+    tap_section,
+};
 use crate::{
     fork::ForkError,
     handoff::{Arrival, Draft, End, Handoff},
@@ -27,7 +31,7 @@ use crate::{
 };
 
 /// How long a datagram is waited for before the next way is tried. The guest sends it again within 20 ms at first; a busy host answers late.
-const NEXT_WAY: Duration = Duration::from_secs(2);
+pub(super) const NEXT_WAY: Duration = Duration::from_secs(2);
 
 /// A fork's link, as far as it is.
 #[derive(Debug)]
@@ -53,6 +57,7 @@ pub(crate) struct TapHandoff<'a> {
     way: Option<Way>,
     acked_micros: Option<u64>,
     troubles: Troubles,
+    observer: Option<Observer>,
 }
 
 impl<'a> TapHandoff<'a> {
@@ -69,6 +74,7 @@ impl<'a> TapHandoff<'a> {
             way: None,
             acked_micros: None,
             troubles: Troubles::default(),
+            observer: None,
         }
     }
 
@@ -124,7 +130,13 @@ impl<'a> TapHandoff<'a> {
                 self.state = NetworkState::Acknowledged;
                 return Ok(());
             }
-            if is_applied && self.request.later.is_some() {
+            if let Some(later) = self.request.later.as_ref().filter(|_| is_applied) {
+                let key = arrival.waiter.key(&identity).ok_or_else(no_fork)?;
+                let task = Task::new(arrival.id, key, self.request.timeout(), later.on_failure);
+                self.observer = Some(Observer::start(&later.program, task).map_err(|source| ForkError::State {
+                    step: "starting what waits for the fork's network",
+                    source,
+                })?);
                 return Ok(());
             }
             if let Some(reason) = arrival.waiter.take_network_pending() {
@@ -151,8 +163,8 @@ impl<'a> TapHandoff<'a> {
                             let why = "no ack came over the network";
                             let section = self.section.as_ref().ok_or_else(no_fork)?;
                             match way {
-                                Way::Commands => self.troubles.note(why, "ip", &commands::run(arrival, section)),
-                                _ => drop(self.troubles.reconfigure(arrival, section, why)),
+                                Way::Commands => self.troubles.note(why, "ip", &commands::run(arrival.dir, section)),
+                                _ => drop(self.troubles.reconfigure(arrival.dir, arrival.id, section, why)),
                             }
                         }
                         *next = Instant::now() + NEXT_WAY;
@@ -170,7 +182,7 @@ fn no_fork() -> ForkError {
 }
 
 /// The confirmation of a datagram that says that everything is applied; nothing else is confirmed.
-fn answer(ack: &Ack, line: &[u8], key: Option<&AckKey>) -> Option<String> {
+pub(super) fn answer(ack: &Ack, line: &[u8], key: Option<&AckKey>) -> Option<String> {
     let good = ack.stage == Stage::Applied && ack.mailbox == MailboxName::identity();
     good.then(|| confirmation(line, key?)).flatten()
 }
@@ -247,6 +259,12 @@ impl<'a> Handoff<'a> for TapHandoff<'a> {
             troubles: std::mem::take(&mut self.troubles.0),
             process: None,
         });
+    }
+
+    fn published(&mut self) {
+        // There may be one socket for acks; from now on it is the observer's.
+        self.acks = None;
+        self.observer.take().map(Observer::go_on).unwrap_or_default();
     }
 
     fn close(&mut self) {
