@@ -427,6 +427,9 @@ pub struct Pool {
     /// How many to keep ready; 0 ends them [default: show the pool]
     #[arg(value_name = "SIZE")]
     pub size: Option<usize>,
+    /// What their network cards lead to; only forks that ask for the same use them [default: as `fork`]
+    #[arg(long, value_name = "none|tap", env = "OFFSHOOT_NETWORK", hide_env_values = true)]
+    pub network: Option<Mode>,
     /// Fill the pool up to its size, unless somebody does already, and print nothing
     #[arg(long, hide = true, requires = "tag", conflicts_with = "size")]
     pub fill: bool,

@@ -317,11 +317,12 @@ impl Plan<'_> {
         fault::point("fork.resumed", Some(&process)).map_err(state("resuming"))?;
         watch.step("resume");
         let Some(vm) = &running.0 else { return Err(self.no_identity()) };
-        let mut arrival = Arrival { waiter, stream: &vm.ack_stream, dir: new.dir(), id: &draft.id };
+        let mut arrival = Arrival { waiter, stream: &vm.ack_stream, dir: new.dir(), id: &draft.id, connected: None };
         arrival.waiter.start();
         handoffs.after_resume(&mut arrival)?;
         watch.step("acknowledge");
-        let acked = arrival.waiter.received(&MailboxName::identity()).map_or(watch.last, |received| received.at);
+        let identity = arrival.waiter.received(&MailboxName::identity()).map(|received| received.at);
+        let acked = identity.max(arrival.connected).unwrap_or(watch.last);
         fault::point("fork.acked", Some(&process)).map_err(state("the ack"))?;
 
         let mut record = ForkRecord {

@@ -46,6 +46,9 @@ pub enum PoolError {
     /// Too many.
     #[error("a pool has at most {MAX_SIZE} spare machines, not {0}")]
     TooMany(usize),
+    /// Its socket would end with the process that made it.
+    #[error("a pool serves forks with --network tap or none, not user")]
+    UserNetwork,
     /// A spare could not be started.
     #[error("a spare machine could not be started")]
     Engine(#[from] EngineError),
@@ -89,9 +92,7 @@ pub struct Spare {
 
 impl Spare {
     fn is_for(&self, manifest: &Manifest) -> bool {
-        // It was connected when it was started, to what the default was then.
-        let network = manifest.machine.network || self.network == Mode::None;
-        network && self.template == manifest.tag && self.template_id == manifest.id && self.engine == manifest.engine
+        self.template == manifest.tag && self.template_id == manifest.id && self.engine == manifest.engine
     }
 }
 
@@ -102,6 +103,8 @@ pub struct Pool {
     pub template: Tag,
     /// How many spares it is to have.
     pub size: usize,
+    /// What their network cards lead to.
+    pub network: Mode,
     /// How many are ready.
     pub ready: usize,
     /// Bytes of memory that the spares have for themselves.
@@ -112,6 +115,7 @@ pub struct Pool {
 #[serde(deny_unknown_fields)]
 struct Setting {
     size: usize,
+    network: Mode,
 }
 
 /// Every pool, by tag.
@@ -132,6 +136,7 @@ pub fn list(home: &Home) -> Result<Vec<Pool>, PoolError> {
             spares.iter().filter(|(_, spare)| spare.template == template && spare.process.is_alive()).collect();
         Pool {
             size: size(home, &template),
+            network: setting(home, &template).map_or(Mode::None, |setting| setting.network),
             ready: own.len(),
             private_bytes: own.iter().filter_map(|(_, spare)| Some(forks::memory_of_process(&spare.process)?.0)).sum(),
             template,
@@ -143,16 +148,24 @@ pub fn list(home: &Home) -> Result<Vec<Pool>, PoolError> {
 /// How many spares a template is to have; 0 without a pool.
 #[must_use]
 pub fn size(home: &Home, tag: &Tag) -> usize {
-    record::read_json::<Setting>(&home.pools().join(tag.as_str())).map_or(0, |setting| setting.size.min(MAX_SIZE))
+    setting(home, tag).map_or(0, |setting| setting.size.min(MAX_SIZE))
 }
 
-/// Says how many spares a template is to have; [`fill`] then makes it so.
+fn setting(home: &Home, tag: &Tag) -> Option<Setting> {
+    record::read_json(&home.pools().join(tag.as_str())).ok()
+}
+
+/// Says how many spares a template is to have, and what their network cards lead to; [`fill`] then makes it so. Only forks that ask for the
+/// same network use them.
 ///
 /// # Errors
 /// [`PoolError`].
-pub fn set_size(home: &Home, tag: &Tag, size: usize) -> Result<(), PoolError> {
+pub fn set_size(home: &Home, tag: &Tag, size: usize, network: Mode) -> Result<(), PoolError> {
     if size > MAX_SIZE {
         return Err(PoolError::TooMany(size));
+    }
+    if network == Mode::User {
+        return Err(PoolError::UserNetwork);
     }
     let written = if size == 0 {
         match fs::remove_file(home.pools().join(tag.as_str())) {
@@ -160,7 +173,7 @@ pub fn set_size(home: &Home, tag: &Tag, size: usize) -> Result<(), PoolError> {
             _ => Ok(()),
         }
     } else {
-        record::write_json(&home.pools(), tag.as_str(), &Setting { size })
+        record::write_json(&home.pools(), tag.as_str(), &Setting { size, network })
     };
     written.map_err(|source| PoolError::State { step: "noting the pool's size", source })
 }
@@ -187,7 +200,7 @@ pub fn fill(home: &Home, engine: &dyn Engine, template: &Template, wait: bool) -
 /// # Errors
 /// [`PoolError`].
 pub fn end(home: &Home, tag: &Tag) -> Result<(), PoolError> {
-    set_size(home, tag, 0)?;
+    set_size(home, tag, 0, Mode::None)?;
     let _lock = lock(home, tag, true)?;
     trim(home, tag, None).map(drop)
 }
@@ -204,14 +217,18 @@ pub fn take(home: &Home, manifest: &Manifest, network: Mode) -> Option<(NewFork,
         .find_map(|(id, spare)| Some((NewFork::from_spare(home, &id, &spare.process).ok()??, spare.process)))
 }
 
+/// What a template's spares are connected to: a template without a card has nothing to connect.
+fn network_of(home: &Home, manifest: &Manifest) -> Mode {
+    setting(home, &manifest.tag).filter(|_| manifest.machine.network).map_or(Mode::None, |setting| setting.network)
+}
+
 fn start_one(home: &Home, engine: &dyn Engine, template: &Template) -> Result<(), PoolError> {
     let state = |step| move |source| PoolError::State { step, source };
     let manifest = template.manifest();
     let id = new_id()?;
     let new = NewFork::begin(home, &id).map_err(state("making the spare's directory"))?;
     fault::point("pool.directory", None).map_err(state("making the spare's directory"))?;
-    // One without privileges has a socket of the process that made it; it would end with that.
-    let network = if manifest.machine.network && Mode::default_here() == Mode::Tap { Mode::Tap } else { Mode::None };
+    let network = network_of(home, manifest);
     let link = if network == Mode::Tap { Some(network::open(home)?.prepare(&id, TAP)?) } else { None };
     fault::point("pool.network", None).map_err(state("making the spare's network"))?;
     let tap = link.as_ref().map(ClosedLink::tap).transpose()?;
@@ -251,7 +268,8 @@ fn trim(home: &Home, tag: &Tag, template: Option<&Manifest>) -> Result<usize, Po
     let size = size(home, tag);
     let mut ready = 0;
     for (id, spare) in record::spares(home).map_err(state)?.filter(|(_, spare)| spare.template == *tag) {
-        if ready < size && spare.process.is_alive() && template.is_some_and(|manifest| spare.is_for(manifest)) {
+        let is_for = |manifest: &Manifest| spare.is_for(manifest) && spare.network == network_of(home, manifest);
+        if ready < size && spare.process.is_alive() && template.is_some_and(is_for) {
             ready += 1;
         } else if let Some(taken) = NewFork::from_spare(home, &id, &spare.process).map_err(state)? {
             spare.process.kill(KILL_LIMIT).map_err(state)?;

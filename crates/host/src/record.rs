@@ -98,7 +98,7 @@ pub struct ForkRecord {
     pub limits: BTreeMap<String, u64>,
     /// Control groups of the host made for it.
     pub cgroups: Vec<PathBuf>,
-    /// From the request to the acknowledged identity, in microseconds.
+    /// From the request to the acknowledged identity, its network included where that was awaited, in microseconds.
     pub acked_micros: u64,
     /// The host's steps.
     pub host_steps: Vec<StepTime>,

@@ -338,7 +338,7 @@ impl ClosedLink {
     /// It is open already (`ResourceBusy`), or gone.
     pub fn tap(&self) -> Result<OwnedFd, LinkError> {
         let doing = "opening the tap";
-        namespace::within(&self.namespace_path(), || tap::attach(TAP, self.record.tap).map_err(step(doing)))
+        namespace::within(&self.namespace_path(), || tap::attach_patiently(TAP, self.record.tap).map_err(step(doing)))
     }
 
     /// The fork's network namespace, for a machine's process that is to live in it.
@@ -357,7 +357,7 @@ impl ClosedLink {
     /// Those of the two.
     pub fn ends(&self) -> Result<(OwnedFd, AckSocket), LinkError> {
         namespace::within(&self.namespace_path(), || {
-            let tap = tap::attach(TAP, self.record.tap).map_err(step("opening the tap"))?;
+            let tap = tap::attach_patiently(TAP, self.record.tap).map_err(step("opening the tap"))?;
             Ok((tap, AckSocket::bind(&self.record.addresses).map_err(step("waiting for acknowledgements"))?))
         })
     }

@@ -8,6 +8,8 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::fs::OpenOptionsExt,
     },
+    thread,
+    time::{Duration, Instant},
 };
 
 use rustix::fs::OFlags;
@@ -36,6 +38,10 @@ const IFF_VNET_HDR: u16 = 0x4000;
 
 const _: () = assert!(TUNSETIFF == 0x4004_54ca, "_IOW('T', 202, int)");
 
+/// Time for a tap that nobody needs any more to be closed; from fork to exec a process takes a few milliseconds on a busy machine.
+const CLOSING_LIMIT: Duration = Duration::from_secs(1);
+const CLOSING_PAUSE: Duration = Duration::from_millis(1);
+
 /// The virtio header with the number of buffers (`struct virtio_net_hdr_mrg_rxbuf`), which is what virtio 1 always has.
 const VNET_HEADER: u32 = 12;
 
@@ -58,6 +64,20 @@ pub(crate) fn make(name: &str, options: TapOptions) -> io::Result<()> {
     // SAFETY: the kernel takes the truth value as the argument itself.
     unsafe { ioctl(&tap, IntegerSetter::<TUNSETPERSIST>::new_usize(1)) }?;
     Ok(())
+}
+
+/// The same, for a tap that may be closing: a process that another thread has just forked holds every descriptor of this one until it
+/// executes its program.
+pub(crate) fn attach_patiently(name: &str, options: TapOptions) -> io::Result<OwnedFd> {
+    let deadline = Instant::now() + CLOSING_LIMIT;
+    loop {
+        match attach(name, options) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < deadline => {
+                thread::sleep(CLOSING_PAUSE);
+            }
+            other => return other,
+        }
+    }
 }
 
 /// Opens the tap of this name in the thread's namespace; makes one that ends with the file if there is none.

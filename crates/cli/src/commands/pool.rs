@@ -8,6 +8,7 @@ use std::{
 
 use host::{
     engines,
+    network::Mode,
     pool::{self, Pool},
 };
 use identity::Tag;
@@ -23,13 +24,15 @@ use crate::{
 };
 
 /// What a process that fills a pool may know of its caller's environment, which may hold secrets.
-const VARIABLES: [&str; 10] = [
+const VARIABLES: [&str; 12] = [
     "PATH",
     "HOME",
     "OFFSHOOT_DATA_DIR",
     "OFFSHOOT_STATE_DIR",
     "OFFSHOOT_CACHE_DIR",
     "OFFSHOOT_VMM",
+    "OFFSHOOT_NETWORK_DIR",
+    "OFFSHOOT_NETWORK_POOL",
     "XDG_DATA_HOME",
     "XDG_STATE_HOME",
     "XDG_CACHE_HOME",
@@ -51,7 +54,8 @@ pub fn run(args: &args::Pool, output: &Output) -> Outcome {
     } else if let Some(size) = args.size {
         let template = store.get(tag)?;
         let engine = engines::for_template(template.manifest())?;
-        pool::set_size(&home, tag, size)?;
+        let network = args.network.unwrap_or_else(Mode::default_here);
+        pool::set_size(&home, tag, size, network)?;
         pool::fill(&home, engine.as_ref(), &template, true).map_err(failed)?;
     } else {
         let _ = store.get(tag)?;
@@ -100,6 +104,7 @@ fn print(pools: &[Pool], output: &Output) -> Result<(), PrintError> {
     }
     let mut table = Table::new(&[
         Column::whole("TEMPLATE"),
+        Column::text("NETWORK"),
         Column::number("SIZE"),
         Column::number("READY"),
         Column::number("PRIVATE"),
@@ -107,6 +112,7 @@ fn print(pools: &[Pool], output: &Output) -> Result<(), PrintError> {
     for pool in pools {
         table.row([
             pool.template.to_string(),
+            pool.network.to_string(),
             pool.size.to_string(),
             pool.ready.to_string(),
             format::bytes(pool.private_bytes),

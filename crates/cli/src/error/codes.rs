@@ -62,6 +62,7 @@ impl Coded for PoolError {
     fn code(&self) -> &'static str {
         match self {
             Self::TooMany(_) => "pool_too_large",
+            Self::UserNetwork => "pool_network",
             Self::Ended => "engine_failed",
             Self::Engine(error) => error.code(),
             Self::Network(error) => error.code(),
@@ -71,7 +72,7 @@ impl Coded for PoolError {
     }
 
     fn exit(&self) -> u8 {
-        if matches!(self, Self::TooMany(_)) { USAGE } else { FAILED }
+        if matches!(self, Self::TooMany(_) | Self::UserNetwork) { USAGE } else { FAILED }
     }
 
     fn next(&self) -> Option<String> {

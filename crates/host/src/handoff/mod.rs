@@ -12,7 +12,13 @@ mod identity;
 mod mailboxes;
 pub mod network;
 
-use std::{collections::BTreeMap, os::fd::AsFd, os::fd::OwnedFd, path::Path, time::Duration};
+use std::{
+    collections::BTreeMap,
+    os::fd::AsFd,
+    os::fd::OwnedFd,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use ::identity::{AckKey, ForkId, ForkName, MailboxName, Network as Section, Secret};
 use engine::{AckStream, Letter, NetworkEnd};
@@ -95,6 +101,8 @@ pub(crate) struct Arrival<'a> {
     pub(crate) dir: &'a Path,
     /// Its id.
     pub(crate) id: &'a ForkId,
+    /// When its network was acknowledged and open, if that was awaited.
+    pub(crate) connected: Option<Instant>,
 }
 
 /// One thing that a fork is given over.

@@ -128,6 +128,7 @@ impl<'a> TapHandoff<'a> {
             }
             if acked {
                 self.state = NetworkState::Acknowledged;
+                arrival.connected = Some(Instant::now());
                 return Ok(());
             }
             if let Some(later) = self.request.later.as_ref().filter(|_| is_applied) {

@@ -80,6 +80,7 @@ impl<'a> Handoff<'a> for UserHandoff<'a> {
         if let Some(link) = self.link.take() {
             let process = link.start(&self.request.policy, RunAs::default()).map_err(NetworkError::from)?;
             self.process = Some(process);
+            arrival.connected = Some(Instant::now());
         }
         Ok(())
     }
