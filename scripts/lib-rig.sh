@@ -4,7 +4,7 @@
 
 # In the root file system: what the tests of the whole system use, and other programs to compare with. busybox brings
 # `reboot`; gcc compiles the recipes' programs.
-rig_packages=busybox-static,kmod,iproute2,nftables,procps,strace,util-linux,qemu-system-x86,e2fsprogs,mmdebstrap,xz-utils,gcc,libc6-dev,python3-minimal
+rig_packages=busybox-static,passt,kmod,iproute2,nftables,procps,strace,util-linux,qemu-system-x86,e2fsprogs,mmdebstrap,xz-utils,gcc,libc6-dev,python3-minimal
 # In the initramfs, in the order to load them: enough to reach the root file system.
 rig_modules="virtio_ring virtio virtio_mmio virtio_blk overlay"
 # Changes with everything that makes another root file system.

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    net::Ipv4Addr,
     path::{Path, PathBuf},
     process::Command,
     thread,
@@ -11,11 +12,15 @@ use std::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{Kind, Run, Template, processes, programs, templates};
+use crate::{
+    Kind, Run, Template, processes, programs, templates,
+    world::{Place, World},
+};
 
 /// A state directory of the test's own, with the shared templates or templates of its own.
 #[derive(Debug)]
 pub struct Bench {
+    world: Option<World>,
     state: TempDir,
     own_data: Option<TempDir>,
 }
@@ -46,6 +51,18 @@ impl Fork {
         self.text("id")
     }
 
+    /// A field of its network that is text.
+    #[must_use]
+    pub fn network(&self, field: &str) -> &str {
+        self.record["network"][field].as_str().unwrap_or_else(|| panic!("no network's {field} in {}", self.record))
+    }
+
+    /// Its IPv4 address.
+    #[must_use]
+    pub fn address(&self) -> Ipv4Addr {
+        self.network("ipv4").parse().expect("an address")
+    }
+
     /// The pid of its machine.
     #[must_use]
     pub fn pid(&self) -> u32 {
@@ -64,13 +81,47 @@ impl Bench {
     /// Shared templates, own forks.
     #[must_use]
     pub fn new() -> Self {
-        Self { state: temporary(), own_data: None }
+        Self::with(None, None)
+    }
+
+    /// Shared templates, own forks, on a host of its own.
+    #[must_use]
+    pub fn in_a_world() -> Self {
+        Self::with(Some(World::new()), None)
     }
 
     /// Own templates, own forks.
     #[must_use]
     pub fn with_own_data() -> Self {
-        Self { state: temporary(), own_data: Some(temporary()) }
+        Self::with(None, Some(temporary()))
+    }
+
+    /// Own templates, own forks, on a host of its own.
+    #[must_use]
+    pub fn in_a_world_with_own_data() -> Self {
+        Self::with(Some(World::new()), Some(temporary()))
+    }
+
+    fn with(world: Option<World>, own_data: Option<TempDir>) -> Self {
+        Self { world, state: temporary(), own_data }
+    }
+
+    /// The host of its own.
+    #[must_use]
+    pub fn world(&self) -> &World {
+        self.world.as_ref().expect("the test has a host of its own")
+    }
+
+    /// Where the networks of its forks are noted, on a host of its own.
+    #[must_use]
+    pub fn network_dir(&self) -> PathBuf {
+        self.state().join("network")
+    }
+
+    /// The network namespace of a fork, or of a spare.
+    #[must_use]
+    pub fn place_of(&self, id: &str) -> Place {
+        self.world().mounted(&self.network_dir().join("ns").join(id))
     }
 
     /// The state directory.
@@ -112,9 +163,16 @@ impl Bench {
     /// `offshoot ARGS` in this home, without `--json`.
     #[must_use]
     pub fn plain(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(programs::offshoot());
+        let mut command = match &self.world {
+            Some(world) => world.host.command(programs::offshoot()),
+            None => Command::new(programs::offshoot()),
+        };
+        if self.world.is_some() {
+            command.env("OFFSHOOT_NETWORK_DIR", self.network_dir());
+        }
         command.args(args).env("OFFSHOOT_DATA_DIR", self.data()).env("OFFSHOOT_STATE_DIR", self.state());
         command.env_remove("OFFSHOOT_FAULT").env_remove("OFFSHOOT_AGENT");
+        command.env_remove("OFFSHOOT_NETWORK").env_remove("OFFSHOOT_NETWORK_POOL");
         command
     }
 
@@ -206,12 +264,34 @@ impl Bench {
         names
     }
 
+    /// What there is of networks on a host of its own: files about links, namespaces, nets and ports; held addresses; wires.
+    #[must_use]
+    pub fn network_parts(&self) -> Vec<String> {
+        let dir = self.network_dir();
+        let files = |folder: &str| {
+            let entries = fs::read_dir(dir.join(folder)).into_iter().flatten().flatten();
+            entries.map(|entry| format!("{}", entry.path().display())).collect::<Vec<_>>()
+        };
+        let mut parts: Vec<String> = ["links", "ns", "nets", "ports"].into_iter().flat_map(files).collect();
+        let is_held = |file: &String| fs::read_to_string(file).is_ok_and(|text| text.contains("\"owner\""));
+        parts.extend(files("leases").into_iter().filter(is_held));
+        let wires = self.world().host.sh("ip -o link show");
+        parts.extend(wires.lines().filter(|line| line.contains(": ofs")).map(ToOwned::to_owned));
+        parts.extend(
+            self.world().host.sh("cat /proc/self/mounts").lines().filter(|line| line.contains("/ns/")).map(Into::into),
+        );
+        parts
+    }
+
     /// Expects that no fork, no name, no machine and nothing half-made is here.
     #[track_caller]
     pub fn assert_empty(&self) {
         assert_eq!(self.entries("forks"), Vec::<String>::new(), "forks are left");
         assert_eq!(self.entries("names"), Vec::<String>::new(), "names are left");
         assert_eq!(processes::inside(self.state()), Vec::<u32>::new(), "processes are left");
+        if self.world.is_some() {
+            assert_eq!(self.network_parts(), Vec::<String>::new(), "parts of networks are left");
+        }
         if let Some(data) = &self.own_data {
             assert_eq!(processes::inside(data.path()), Vec::<u32>::new(), "builders are left");
             let templates = fs::read_dir(data.path().join("templates")).into_iter().flatten().flatten();

@@ -26,6 +26,8 @@ pub enum Kind {
     Mailboxes,
     /// The built-in `python`, with a watcher and a mailbox.
     Python,
+    /// Busybox with a web server, connections made before the capture, and a program that says what it is told to.
+    Networked,
 }
 
 /// A template that is there.
@@ -88,7 +90,7 @@ pub fn data() -> PathBuf {
 /// The template, built if it is not there. Tests that run at once wait for each other.
 #[must_use]
 pub fn ensure(kind: Kind) -> Template {
-    static FOUND: [OnceLock<Template>; 5] = [const { OnceLock::new() }; 5];
+    static FOUND: [OnceLock<Template>; 6] = [const { OnceLock::new() }; 6];
     FOUND[kind as usize].get_or_init(|| find_or_build(kind)).clone()
 }
 
@@ -99,6 +101,7 @@ fn find_or_build(kind: Kind) -> Template {
         Kind::WatchedWithoutFreeze => "watched-without-freeze",
         Kind::Mailboxes => "mailboxes",
         Kind::Python => "python-watched",
+        Kind::Networked => "networked",
     };
     let agent = if kind == Kind::WatchedWithoutFreeze { "offshoot-agent-without-freeze" } else { "offshoot-agent" };
     let agent = programs::beside(agent);

@@ -11,6 +11,8 @@ mod isolation;
 mod limits;
 mod mailboxes;
 mod network;
+mod network_identity;
+mod network_policy;
 mod own_rootfs;
 mod pool;
 mod recovery;
