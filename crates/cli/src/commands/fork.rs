@@ -1,6 +1,10 @@
 //! `fork`
 
-use std::{collections::BTreeMap, env, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    env,
+    time::Duration,
+};
 
 use host::{
     ForkRecord, ForkRequest, LimitRequest, MailboxRequest, NetworkRequest, engines,
@@ -18,7 +22,7 @@ use crate::{
     assignments::{self, AssignmentError},
     error::Failure,
     output::{
-        Output, format,
+        Output, clean, format,
         table::{Column, Table},
     },
 };
@@ -76,7 +80,12 @@ fn print(made: &[ForkRecord], failures: &Failures, output: &Output) -> Result<()
             format!("{} {}", record.engine.name, record.engine.accel),
         ]);
     }
-    output.table(&table)
+    output.table(&table)?;
+    let troubles = made.iter().filter_map(|record| record.network.as_ref()).flat_map(|network| &network.troubles);
+    // Most are about the host, and the same for all.
+    let troubles: BTreeSet<&String> = troubles.collect();
+    troubles.into_iter().for_each(|trouble| output.note(&clean::line(trouble)));
+    Ok(())
 }
 
 fn request(args: &Fork) -> Result<ForkRequest, AssignmentError> {

@@ -1,6 +1,6 @@
 //! `ls`
 
-use host::{ForkRecord, forks};
+use host::{ForkRecord, forks, network::Mode};
 use serde_json::json;
 
 use super::{Outcome, open};
@@ -37,6 +37,7 @@ fn table(forks: &[ForkRecord]) -> Table {
         Column::text("ID"),
         Column::text("TEMPLATE"),
         Column::text("STATE"),
+        Column::text("ADDRESS"),
         Column::number("AGE"),
         Column::number("PRIVATE"),
         Column::number("SHARED"),
@@ -51,6 +52,7 @@ fn table(forks: &[ForkRecord]) -> Table {
             record.id.to_string(),
             record.template.to_string(),
             if alive { "alive" } else { "dead" }.to_owned(),
+            address(record),
             format::age(record.created_ms),
             memory.map_or_else(|| "-".to_owned(), |(private, _)| format::bytes(private)),
             memory.map_or_else(|| "-".to_owned(), |(_, shared)| format::bytes(shared)),
@@ -58,6 +60,12 @@ fn table(forks: &[ForkRecord]) -> Table {
         ]);
     }
     table
+}
+
+/// Where a fork is reached; one without privileges has an address that only itself knows.
+fn address(record: &ForkRecord) -> String {
+    let network = record.network.as_ref().filter(|network| network.mode == Mode::Tap);
+    network.and_then(|network| network.ipv4).map_or_else(|| "-".to_owned(), |address| address.to_string())
 }
 
 fn describe(record: &ForkRecord) -> serde_json::Value {
@@ -74,5 +82,6 @@ fn describe(record: &ForkRecord) -> serde_json::Value {
         "private_bytes": memory.map(|memory| memory.0),
         "shared_bytes": memory.map(|memory| memory.1),
         "labels": record.labels,
+        "network": record.network,
     })
 }
