@@ -276,10 +276,15 @@ impl Bench {
         let is_held = |file: &String| fs::read_to_string(file).is_ok_and(|text| text.contains("\"owner\""));
         parts.extend(files("leases").into_iter().filter(is_held));
         let wires = self.world().host.sh("ip -o link show");
-        parts.extend(wires.lines().filter(|line| line.contains(": ofs")).map(ToOwned::to_owned));
         parts.extend(
-            self.world().host.sh("cat /proc/self/mounts").lines().filter(|line| line.contains("/ns/")).map(Into::into),
+            wires
+                .lines()
+                .filter(|line| line.contains(": ofs") && !line.contains("group default"))
+                .map(ToOwned::to_owned),
         );
+        let mounts = self.world().host.sh("cat /proc/self/mounts");
+        let own = dir.to_string_lossy().into_owned();
+        parts.extend(mounts.lines().filter(|line| line.contains(&own)).map(ToOwned::to_owned));
         parts
     }
 

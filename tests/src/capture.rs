@@ -1,7 +1,7 @@
 //! What the cards of a network namespace see.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::IpAddr,
     num::NonZero,
     os::{
         fd::{AsFd, OwnedFd},
@@ -131,10 +131,4 @@ impl Frame {
     pub fn contains(&self, bytes: &[u8]) -> bool {
         memchr::memmem::find(&self.0, bytes).is_some()
     }
-}
-
-/// Whether a search for duplicates or a card without an address may say it.
-#[must_use]
-pub fn is_unspecified(address: IpAddr) -> bool {
-    address == IpAddr::from(Ipv4Addr::UNSPECIFIED) || address == IpAddr::from(Ipv6Addr::UNSPECIFIED)
 }

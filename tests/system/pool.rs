@@ -7,7 +7,7 @@ use offshoot_tests::{Bench, Fork, Kind, Run, Template, bench::wait_until, proces
 use crate::recovery::{own_leftovers, points, says_what_to_do};
 
 /// Sets the size; answers with how many are ready.
-fn pool(bench: &Bench, template: &Template, size: usize) -> u64 {
+pub(crate) fn pool(bench: &Bench, template: &Template, size: usize) -> u64 {
     let set = bench.offshoot(&["pool", &template.tag, &size.to_string()]).ok().json();
     set["pools"].as_array().unwrap().first().map_or(0, |pool| pool["ready"].as_u64().unwrap())
 }
@@ -22,11 +22,11 @@ fn is_from_pool(fork: &Fork) -> bool {
 }
 
 /// Directories of spares.
-fn spares(bench: &Bench) -> Vec<String> {
+pub(crate) fn spares(bench: &Bench) -> Vec<String> {
     bench.entries("forks").into_iter().filter(|name| name.starts_with(".spare-")).collect()
 }
 
-fn spare_pids(bench: &Bench) -> Vec<u32> {
+pub(crate) fn spare_pids(bench: &Bench) -> Vec<u32> {
     let dirs = spares(bench).into_iter().map(|name| bench.state().join("forks").join(name));
     dirs.flat_map(|dir| processes::inside(&dir)).collect()
 }

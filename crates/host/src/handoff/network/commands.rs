@@ -40,5 +40,13 @@ fn commands(section: &Section) -> Vec<Vec<String>> {
             lines.push(format!("ip route replace default via {gateway} dev {CARD}"));
         }
     }
+    // Taking the card down took this too. That nobody else has the address is asked for a second; busybox can not leave that out.
+    if let Some(inet) = &section.ipv6 {
+        lines.push(format!("ip -6 addr replace {}/{} dev {CARD}", inet.address, inet.prefix));
+        if let Some(gateway) = inet.gateway {
+            lines.push(format!("ip -6 route replace {gateway} dev {CARD}"));
+            lines.push(format!("ip -6 route replace default via {gateway} dev {CARD}"));
+        }
+    }
     lines.iter().map(|line| line.split(' ').map(str::to_owned).collect()).collect()
 }
