@@ -78,6 +78,13 @@ impl<'a> TapHandoff<'a> {
         }
     }
 
+    /// What was made for a spare ahead of time, if it is still there.
+    fn adopt(&self, id: &ForkId) -> Option<(ClosedLink, AckSocket)> {
+        let link = self.network.adopt(id).ok()?;
+        let acks = link.ack_socket().ok()?;
+        Some((link, acks))
+    }
+
     fn closed(&self) -> Result<&ClosedLink, ForkError> {
         match &self.link {
             Link::Closed(link) => Ok(link),
@@ -195,25 +202,24 @@ impl<'a> Handoff<'a> for TapHandoff<'a> {
 
     fn prepare(&mut self, draft: &mut Draft) -> Result<(), ForkError> {
         self.id = Some(draft.id.clone());
-        let adopted = if draft.spare { self.network.adopt(&draft.id).map(Some) } else { Ok(None) };
-        let link = match adopted {
-            Ok(Some(link)) => link,
-            Ok(None) => self.network.prepare(&draft.id, TAP).map_err(NetworkError::from)?,
-            // Somebody removed what the spare had; it is of no use without.
-            Err(_) => {
-                self.network.remove(&draft.id).map_err(NetworkError::from)?;
-                draft.spare = false;
-                self.network.prepare(&draft.id, TAP).map_err(NetworkError::from)?
+        let adopted = if draft.spare { self.adopt(&draft.id) } else { None };
+        let (link, acks) = match adopted {
+            Some(adopted) => adopted,
+            None => {
+                if draft.spare {
+                    // Somebody removed what the spare had; it is of no use without.
+                    self.network.remove(&draft.id).map_err(NetworkError::from)?;
+                    draft.spare = false;
+                }
+                let link = self.network.prepare(&draft.id, TAP).map_err(NetworkError::from)?;
+                let (tap, acks) = link.ends().map_err(NetworkError::from)?;
+                self.tap = Some(tap);
+                (link, acks)
             }
         };
         // Guarded by its own drop until it is put here, by this value from here on.
         let addresses = link.record().addresses;
-        if draft.spare {
-            self.acks = Some(link.ack_socket().map_err(NetworkError::from)?);
-        } else {
-            let (tap, acks) = link.ends().map_err(NetworkError::from)?;
-            (self.tap, self.acks) = (Some(tap), Some(acks));
-        }
+        self.acks = Some(acks);
         self.link = Link::Closed(link);
         let asked = self.request.dns.as_deref().unwrap_or_default();
         let reach =
