@@ -173,7 +173,7 @@ test_in_rig() {
     fi
     # Half of them by time, and those together that share what takes long to build.
     all=$("$tests" --list | sed -n 's/: test$//p')
-    half='^\(adversary\|eval\|generation\|identity\|idle\|isolation\|pool\)::'
+    half='^\(adversary\|eval\|generation\|identity\|idle\|isolation\|pool\|network[a-z_]*\)::'
     codes=$(mktemp -d)
     for part in 1 2; do
         {
