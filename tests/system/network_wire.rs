@@ -15,6 +15,8 @@ use crate::pool::{pool, spares};
 
 /// Of every template's card.
 const TEMPLATE_MAC: [u8; 6] = [0x02, 0x6f, 0x66, 0x66, 0x73, 0x68];
+/// The end of the group of its link-local address (RFC 4291, 2.7.1), which the kernel makes of that.
+const TEMPLATE_GROUP: [u8; 4] = [0xff, 0x66, 0x73, 0x68];
 /// An address that the template had while it was warmed.
 const TEMPLATE_ADDRESS: [u8; 4] = [192, 0, 2, 77];
 const GATEWAY_MAC: &str = "0e:6f:66:00:00:01";
@@ -31,6 +33,8 @@ fn wrong(frame: &Frame, mac: &str, own: &BTreeSet<IpAddr>) -> Option<&'static st
     let is_nobodys = frame.source().is_some_and(|source| source == Ipv6Addr::UNSPECIFIED);
     if frame.contains(&TEMPLATE_MAC) {
         Some("the template's card")
+    } else if frame.contains(&TEMPLATE_GROUP) {
+        Some("a group of the template's")
     } else if frame.contains(&TEMPLATE_ADDRESS) {
         Some("the template's address")
     } else if frame.is_on_wire() {

@@ -26,6 +26,9 @@ const ROUTE_OUT: u16 = 4;
 const ROUTE_GATEWAY: u16 = 5;
 const NEIGHBOUR_ADDRESS: u16 = 1;
 const NEIGHBOUR_LINK_ADDRESS: u16 = 2;
+const LEAST_IPV6_MTU: u32 = 1280;
+/// Of Ethernet; a fork is given its own.
+const USUAL_MTU: u32 = 1500;
 const NO_DUPLICATE_DETECTION: u8 = 0x02;
 const UP: u32 = 1;
 const ON_LINK: u32 = 4;
@@ -161,6 +164,21 @@ impl Card {
         let mut batch = Batch::new();
         batch.request(SET_LINK, 0, &self.link_header(0), "taking the card down");
         socket.carry_out(batch)
+    }
+
+    /// Has the kernel forget what it knew of the card for IPv6, which it does when a packet of the least size (RFC 8200, 5) does not fit any
+    /// more. A card that goes down leaves its groups, and that is said when it is up again (RFC 3810): the first thing a fork said would name
+    /// the group of its template's link-local address, which is made of the template's MAC address.
+    ///
+    /// What [`silence`](Self::silence) has set is forgotten too.
+    pub(super) fn forget_groups(&self, socket: &mut Socket) -> Result<(), NetlinkError> {
+        for mtu in [LEAST_IPV6_MTU - 1, USUAL_MTU] {
+            let mut batch = Batch::new();
+            batch.request(SET_LINK, 0, &self.link_header(0), "forgetting the card's groups");
+            batch.attribute(LINK_MTU, &mtu.to_ne_bytes());
+            socket.carry_out(batch)?;
+        }
+        Ok(())
     }
 
     /// Removes every address of the card but those of `keep`.

@@ -125,6 +125,8 @@ impl Network {
         card.down(&mut inner.route)?;
         if end_connections {
             ended += inner.end_connections(&card, had_address)?;
+            card.forget_groups(&mut inner.route)?;
+            card.silence()?;
         }
         card.clear(&mut inner.route, None)?;
         inner.connections_kept = !end_connections && had_address;
