@@ -16,6 +16,7 @@ mod network_addresses;
 mod network_cleanup;
 mod network_faults;
 mod network_identity;
+mod network_later;
 mod network_obstacles;
 mod network_policy;
 mod network_user;
