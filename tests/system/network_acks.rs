@@ -15,10 +15,11 @@ use crate::pool::{pool, spares};
 const ACK_PORT: u16 = 28518;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Lets none of a fork's own acks in, as a host whose rules are wrong would. What a workload says comes from the port 9999.
-const PULLED: &str = "nft 'add table inet pulled
+pub(crate) const PULLED: &str = "nft 'add table inet pulled
     add chain inet pulled input { type filter hook input priority -10; }
     add rule inet pulled input iifname tap0 udp dport 28518 udp sport != 9999 drop'";
-const PLUGGED: &str = "nft delete table inet pulled";
+/// Lets them in again.
+pub(crate) const PLUGGED: &str = "nft delete table inet pulled";
 
 /// A spare and what can be seen of it.
 struct Spare {

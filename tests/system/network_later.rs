@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use offshoot_tests::{Bench, Fork, Kind, Server, Template, bench::wait_until, processes, world::SERVER};
 
-use crate::pool::{pool, spares};
+use crate::{
+    network_acks::{PLUGGED, PULLED},
+    pool::{pool, spares},
+};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -13,9 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 fn unheard(bench: &Bench, template: &Template, args: &[&str]) -> Fork {
     assert_eq!(pool(bench, template, 1), 1);
     let id = spares(bench)[0].trim_start_matches(".spare-").to_owned();
-    bench.place_of(&id).sh("nft 'add table inet pulled
-        add chain inet pulled input { type filter hook input priority -10; }
-        add rule inet pulled input udp dport 28518 drop'");
+    bench.place_of(&id).sh(PULLED);
     let fork = bench.fork_one(template, &[&["--wait-network=false"], args].concat());
     assert_eq!((fork.id(), fork.network("state")), (id.as_str(), "waiting"));
     fork
@@ -38,7 +39,7 @@ fn i7_a_fork_that_nobody_waits_for_is_closed_until_it_acknowledges_and_then_open
     let _server = Server::http(&bench.world().outside);
     let late = unheard(&bench, &template, &["--network-timeout-ms", "30000"]);
     assert!(!reaches_the_server(&bench, &late, 2), "it is closed");
-    bench.place_of(late.id()).sh("nft delete table inet pulled");
+    bench.place_of(late.id()).sh(PLUGGED);
     wait_until("the late ack", PATIENCE, || state(&bench, &late) == "acknowledged");
     assert!(reaches_the_server(&bench, &late, 20));
 

@@ -64,3 +64,34 @@ fn n1_what_the_mode_user_can_not_keep_is_refused_and_so_is_a_taken_port() {
     bench.assert_empty();
     bench.end();
 }
+
+/// Programs that connect forks of this host.
+fn connectors(bench: &Bench) -> String {
+    bench.world().host.sh("own=$(readlink /proc/self/ns/net)
+        for process in /proc/[0-9]*; do
+            case $(cat $process/comm 2>/dev/null) in
+                passt*) [ \"$(readlink $process/ns/net)\" != \"$own\" ] || echo $process ;;
+            esac
+        done")
+}
+
+#[test]
+fn o2_o3_a_fork_without_privileges_that_fails_or_is_killed_leaves_no_program() {
+    let bench = Bench::in_a_world();
+    let template = bench.template(Kind::Networked);
+    let fork = ["fork", template.tag.as_str(), "--network", "user", "-p", "8080:80"];
+    for step in ["handoff.network.prepared", "handoff.network.written", "handoff.network.arrived", "fork.acked"] {
+        bench.offshoot_with_fault(&format!("{step}:error"), &fork).refused("state_failed");
+        wait_until("the program's end", Duration::from_secs(20), || connectors(&bench).is_empty());
+        bench.assert_empty();
+        let killed = bench.offshoot_with_fault(&format!("{step}:kill"), &fork);
+        assert_eq!(killed.code, None, "{step}: {killed}");
+        let _ = bench.offshoot(&["cleanup", "--yes"]).ok();
+        wait_until("the program's end", Duration::from_secs(20), || connectors(&bench).is_empty());
+        bench.assert_empty();
+    }
+    // The check can fail: it sees that of a fork that lives.
+    let alive = bench.fork_one(&template, &fork[2..]);
+    assert_eq!(connectors(&bench).trim_end(), format!("/proc/{}", passt(&alive)));
+    bench.end();
+}

@@ -1,17 +1,18 @@
 //! N3: what forks' cards and wires carry, from before they run. Nothing of their template, and nothing before they have answered.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv6Addr},
-    process::{Child, Stdio},
     time::Duration,
 };
 
-use offshoot_tests::{Bench, Capture, Fork, Kind, bench::wait_until, capture::Frame, world::SERVER};
-use rustix::process::{Pid, Signal, kill_process};
-use serde_json::Value;
+use offshoot_tests::{Bench, Capture, Fork, Kind, Template, bench::wait_until, capture::Frame, world::SERVER};
+use tempfile::NamedTempFile;
 
-use crate::pool::{pool, spares};
+use crate::{
+    network_acks::{PLUGGED, PULLED},
+    pool::{pool, spares},
+};
 
 /// Of every template's card.
 const TEMPLATE_MAC: [u8; 6] = [0x02, 0x6f, 0x66, 0x66, 0x73, 0x68];
@@ -56,92 +57,111 @@ fn is_said(frame: &Frame) -> bool {
     frame.datagram_to(SAID_TO) == Some(SAID)
 }
 
-fn signal(child: &Child, signal: Signal) {
-    kill_process(Pid::from_child(child), signal).unwrap();
+/// What the workload said, and what left its namespace.
+fn said(frames: &[Frame]) -> (usize, usize) {
+    let said = |on_wire| frames.iter().filter(|frame| is_said(frame) && frame.is_on_wire() == on_wire).count();
+    (said(false), said(true))
 }
 
-/// What left a namespace: on its wire, from these addresses.
-fn left(frames: &[Frame]) -> usize {
-    frames.iter().filter(|frame| frame.is_on_wire() && is_said(frame)).count()
+/// A workload's orders.
+fn orders() -> (NamedTempFile, String) {
+    let file = NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), format!("{SERVER} {SAID_TO} {}\n", String::from_utf8_lossy(SAID))).unwrap();
+    let option = format!("/etc/say=@{}", file.path().display());
+    (file, option)
 }
 
-#[test]
-fn n3_nothing_leaves_eight_forks_before_they_have_answered_and_nothing_ever_as_their_template() {
-    let bench = Bench::in_a_world();
-    let template = bench.template(Kind::Networked);
-    assert_eq!(pool(&bench, &template, 8), 8);
-    let ids: Vec<String> = spares(&bench).iter().map(|spare| spare.trim_start_matches(".spare-").to_owned()).collect();
-    let captures: Vec<(&String, Capture)> = ids.iter().map(|id| (id, Capture::start(&bench.place_of(id)))).collect();
-    let host = Capture::start(&bench.world().host);
+/// Eight spares, watched from before they are forks.
+fn watched(bench: &Bench, template: &Template) -> BTreeMap<String, Capture> {
+    assert_eq!(pool(bench, template, 8), 8);
+    let spares = spares(bench);
+    let ids = spares.iter().map(|spare| spare.trim_start_matches(".spare-"));
+    ids.map(|id| (id.to_owned(), Capture::start(&bench.place_of(id)))).collect()
+}
 
-    let said = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(said.path(), format!("{SERVER} {SAID_TO} {}\n", String::from_utf8_lossy(SAID))).unwrap();
-    let file = format!("/etc/say=@{}", said.path().display());
-    let mut fork = bench.command(&["fork", &template.tag, "-n", "8", "--file", &file, "--network-timeout-ms", "30000"]);
-    let forking = fork.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-
-    // A fork announces itself before its workload runs, and answers after. From here on nobody hears the answer.
-    let seen = |is: fn(&Frame) -> bool| captures.iter().filter(|(_, capture)| capture.any(is)).count();
-    wait_until("the first announcement", PATIENCE, || seen(|frame| !frame.is_on_wire()) > 0);
-    signal(&forking, Signal::STOP);
-    wait_until("what a workload says", PATIENCE, || {
-        captures.iter().any(|(_, capture)| {
-            let frames = capture.frames();
-            left(&frames) == 0 && frames.iter().filter(|frame| is_said(frame)).count() >= 5
-        })
-    });
-    let held: Vec<&String> = captures
-        .iter()
-        .filter(|(id, capture)| {
-            let is_closed = !bench.place_of(id).sh("nft list chain inet offshoot forward").contains("accept");
-            let frames = capture.frames();
-            assert!(!is_closed || left(&frames) == 0, "{id} is closed, and something left it");
-            is_closed && frames.iter().any(is_said)
-        })
-        .map(|(id, _)| *id)
-        .collect();
-    assert!(!held.is_empty(), "no fork was caught before its answer was heard");
-    signal(&forking, Signal::CONT);
-
-    let output = forking.wait_with_output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let made: Value = serde_json::from_slice(&output.stdout).unwrap();
-    let forks: Vec<Fork> =
-        made["forks"].as_array().unwrap().iter().map(|record| Fork { record: record.clone() }).collect();
-    assert_eq!(forks.iter().map(Fork::id).collect::<BTreeSet<_>>(), ids.iter().map(String::as_str).collect());
-    // The capture sees what forks say in their own name, in their namespaces and on the host.
-    for fork in &forks {
-        let (_, capture) = captures.iter().find(|(id, _)| *id == fork.id()).unwrap();
-        let own = own(fork);
-        let is_its = |frame: &Frame| is_said(frame) && frame.source().is_some_and(|source| own.contains(&source));
-        wait_until("what the fork says", PATIENCE, || {
-            capture.any(|frame| frame.is_on_wire() && is_its(frame)) && host.any(is_its)
-        });
+/// All that was seen of these forks is their own, and the first of it is that they say who they are.
+fn are_themselves(forks: &[Fork], captures: &BTreeMap<String, Capture>, host: &Capture) {
+    assert_eq!(forks.len(), captures.len());
+    for fork in forks {
+        let (capture, own, mac) = (&captures[fork.id()], own(fork), fork.network("mac"));
+        let is_its = |frame: &Frame| frame.source().is_some_and(|source| own.contains(&source));
+        let is_out = |frame: &Frame| frame.is_on_wire() && is_said(frame) && is_its(frame);
+        wait_until("what the fork says", PATIENCE, || capture.any(is_out) && host.any(is_out));
         let frames = capture.frames();
-        let mac = fork.network("mac");
         for frame in &frames {
             assert_eq!(wrong(frame, mac, &own), None, "{}: {frame:02x?}", fork.name());
         }
-        let first = |is: &dyn Fn(&Frame) -> bool| frames.iter().position(is).unwrap();
         // ARP: it announces itself before it says anything else.
-        let announced =
-            first(&|frame| frame.mac() == mac && frame.source().is_some_and(|source| own.contains(&source)));
+        let announced = frames.iter().position(|frame| frame.mac() == mac && is_its(frame)).unwrap();
         assert_eq!(frames[announced].0[12..14], [8, 6], "{:02x?}", frames[announced]);
-        assert!(frames.iter().any(|frame| frame.datagram_to(ACK_PORT).is_some()));
-        assert!(first(&|frame| frame.is_on_wire() && is_its(frame)) > announced);
+        assert!(frames.iter().position(|frame| frame.is_on_wire() && is_its(frame)).unwrap() > announced);
     }
     let all: BTreeSet<IpAddr> = forks.iter().flat_map(own).collect();
     for frame in host.frames().iter().filter(|frame| frame.is_on_wire()) {
         assert_eq!(wrong(frame, "", &all), None, "{frame:02x?}");
     }
+}
+
+#[test]
+fn n3_no_frame_of_eight_forks_is_ever_their_templates() {
+    let bench = Bench::in_a_world();
+    let template = bench.template(Kind::Networked);
+    let host = Capture::start(&bench.world().host);
+    let captures = watched(&bench, &template);
+    let (_file, option) = orders();
+    let forks = bench.fork(&template, &["-n", "8", "--file", &option, "--network-timeout-ms", "30000"]);
+    assert_eq!(forks.iter().map(Fork::id).collect::<BTreeSet<_>>(), captures.keys().map(String::as_str).collect());
+    are_themselves(&forks, &captures, &host);
 
     // The check can fail: it knows another's frame, and the template's.
-    let frame = |capture: &Capture| capture.frames().into_iter().find(|frame| frame.mac() == forks[0].network("mac"));
-    let frame = frame(&captures.iter().find(|(id, _)| *id == forks[0].id()).unwrap().1).unwrap();
+    let (mac, own_of) = (forks[0].network("mac"), own(&forks[0]));
+    let frame =
+        captures[forks[0].id()].frames().into_iter().find(|frame| frame.mac() == mac && is_said(frame)).unwrap();
     assert_eq!(wrong(&frame, forks[1].network("mac"), &own(&forks[1])), Some("another card"));
+    assert_eq!(wrong(&frame, mac, &own(&forks[1])), Some("another address from its card"));
     let mut forged = frame.clone();
     forged.0[6..12].copy_from_slice(&TEMPLATE_MAC);
-    assert_eq!(wrong(&forged, forks[0].network("mac"), &own(&forks[0])), Some("the template's card"));
+    assert_eq!(wrong(&forged, mac, &own_of), Some("the template's card"));
+    let mut forged = frame;
+    forged.0[26..30].copy_from_slice(&TEMPLATE_ADDRESS);
+    assert_eq!(wrong(&forged, mac, &own_of), Some("the template's address"));
+    assert_eq!(pool(&bench, &template, 0), 0);
+    bench.end();
+}
+
+#[test]
+fn n3_nothing_leaves_eight_forks_that_run_until_their_acks_have_come() {
+    let bench = Bench::in_a_world();
+    let template = bench.template(Kind::Networked);
+    let host = Capture::start(&bench.world().host);
+    let captures = watched(&bench, &template);
+    for id in captures.keys() {
+        bench.place_of(id).sh(PULLED);
+    }
+    let (_file, option) = orders();
+    let args = ["-n", "8", "--file", &option, "--wait-network=false", "--network-timeout-ms", "30000"];
+    let forks = bench.fork(&template, &args);
+    // Their workloads run and speak; their acks are sent, and lost.
+    for fork in &forks {
+        let capture = &captures[fork.id()];
+        wait_until("what a closed fork says", PATIENCE, || {
+            capture.any(|frame| frame.datagram_to(ACK_PORT).is_some()) && said(&capture.frames()).0 >= 5
+        });
+    }
+    for fork in &forks {
+        assert_eq!(fork.network("state"), "waiting");
+        assert_eq!(said(&captures[fork.id()].frames()).1, 0, "{} is closed", fork.name());
+    }
+    assert!(!host.any(|frame| frame.is_on_wire() && is_said(frame)));
+    for fork in &forks {
+        bench.place_of(fork.id()).sh(PLUGGED);
+    }
+    // The check can fail: when the acks come, so does the rest.
+    are_themselves(&forks, &captures, &host);
+    for fork in &forks {
+        let network = bench.offshoot(&["inspect", fork.name()]).ok().json()["network"].clone();
+        assert_eq!(network["state"], "acknowledged", "{network}");
+    }
     assert_eq!(pool(&bench, &template, 0), 0);
     bench.end();
 }
