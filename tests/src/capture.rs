@@ -126,9 +126,11 @@ impl Frame {
         (is_udp && self.0.get(36..38)? == port.to_be_bytes()).then(|| self.0.get(42..)).flatten()
     }
 
-    /// Whether these bytes are anywhere in it.
+    /// Whether these bytes are anywhere in it, but for what a datagram over IPv4 says, with its checksum.
     #[must_use]
     pub fn contains(&self, bytes: &[u8]) -> bool {
-        memchr::memmem::find(&self.0, bytes).is_some()
+        let is_datagram = self.0.get(12..14) == Some(&[0x08, 0x00]) && self.0.get(23) == Some(&17);
+        let headers = if is_datagram { &self.0[..40.min(self.0.len())] } else { &self.0[..] };
+        memchr::memmem::find(headers, bytes).is_some()
     }
 }

@@ -14,7 +14,7 @@ use crate::{
     pool::{pool, spares},
 };
 
-/// Of every template's card.
+/// Of every template's card: 02 and `offsh`, with which every ack begins too. So what datagrams say is left out when it is looked for.
 const TEMPLATE_MAC: [u8; 6] = [0x02, 0x6f, 0x66, 0x66, 0x73, 0x68];
 /// The end of the group of its link-local address (RFC 4291, 2.7.1), which the kernel makes of that.
 const TEMPLATE_GROUP: [u8; 4] = [0xff, 0x66, 0x73, 0x68];
