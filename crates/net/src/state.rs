@@ -110,6 +110,13 @@ impl Locked {
     }
 }
 
+impl Drop for Locked {
+    /// Closing alone would not do: a process that another thread has just forked holds the file as well, until it executes its program.
+    fn drop(&mut self) {
+        let _ = flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
 /// The numbers (inodes) of the files that are locked, by anybody. Looking at the kernel's list holds nobody up, as trying to lock would.
 /// Devices are left out: not every file system shows there the one it shows elsewhere, and who finds a lock too many does no harm.
 pub(crate) fn locked_files() -> io::Result<BTreeSet<u64>> {

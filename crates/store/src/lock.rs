@@ -35,7 +35,7 @@ impl fmt::Display for Holder {
 
 /// A held lock; released on drop, and by the kernel when its process ends.
 #[derive(Debug)]
-pub(crate) struct TagLock(#[allow(dead_code)] File);
+pub(crate) struct TagLock(File);
 
 impl TagLock {
     pub(crate) fn exclusive(dir: &Path, tag: &Tag) -> Result<Self, StoreError> {
@@ -65,6 +65,13 @@ impl TagLock {
             Err(rustix::io::Errno::WOULDBLOCK) => Err(StoreError::Locked { tag: tag.clone(), holder: holder(lock) }),
             Err(error) => Err(file("taking the lock", &path)(error.into())),
         }
+    }
+}
+
+impl Drop for TagLock {
+    /// Closing alone would not do: a process that another thread has just forked holds the file as well, until it executes its program.
+    fn drop(&mut self) {
+        let _ = flock(&self.0, FlockOperation::Unlock);
     }
 }
 
