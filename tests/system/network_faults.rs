@@ -72,7 +72,7 @@ impl<'a> Neighbour<'a> {
         let id = Some(self.fork.id().to_owned());
         assert_eq!(outside.get((offshoot_tests::world::HOST, 8080), "id"), id);
         assert_eq!(host.get((self.fork.address(), 80), "id"), id);
-        let asked = format!("printf 'GET / HTTP/1.0\\r\\n\\r\\n' | nc -w 10 {SERVER} 80 | tail -n 1");
+        let asked = format!("printf 'GET / HTTP/1.0\\r\\n\\r\\n' | timeout 30 nc -w 10 {SERVER} 80 | tail -n 1");
         assert_eq!(self.bench.sh(&self.fork, &asked), format!("{SERVER} {}", offshoot_tests::world::HOST));
     }
 }

@@ -28,7 +28,8 @@ fn state(bench: &Bench, fork: &Fork) -> String {
 }
 
 fn reaches_the_server(bench: &Bench, fork: &Fork, seconds: u8) -> bool {
-    let ask = format!("printf 'GET / HTTP/1.0\\r\\n\\r\\n' | nc -w {seconds} {SERVER} 80 | grep -c 200 || true");
+    let ask =
+        format!("printf 'GET / HTTP/1.0\\r\\n\\r\\n' | timeout 30 nc -w {seconds} {SERVER} 80 | grep -c 200 || true");
     bench.sh(fork, &ask) == "1"
 }
 

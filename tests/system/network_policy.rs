@@ -22,7 +22,7 @@ fn is_silent<const N: usize>(bench: &Bench, fork: &Fork, pages: [String; N]) -> 
 
 fn get_within<const N: usize>(seconds: u8, bench: &Bench, fork: &Fork, pages: [String; N]) -> [Option<String>; N] {
     let each = format!(
-        "for page; do printf 'GET /%s HTTP/1.0\\r\\n\\r\\n' \"${{page#*/}}\" | nc -w {seconds} \"${{page%%/*}}\" 80 2>/dev/null \
+        "for page; do printf 'GET /%s HTTP/1.0\\r\\n\\r\\n' \"${{page#*/}}\" | timeout 30 nc -w {seconds} \"${{page%%/*}}\" 80 2>/dev/null \
         | tail -n 1 | grep . || echo nobody; done"
     );
     let pages = pages.each_ref().map(String::as_str);

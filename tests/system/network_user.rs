@@ -29,8 +29,12 @@ fn n1_two_forks_without_privileges_reach_the_outside_and_are_reached_at_their_po
         assert_eq!((fork.network("mode"), fork.network("way")), ("user", "channel"));
         let own = bench.sh(fork, "cat /sys/class/net/eth0/address; ip -4 addr show dev eth0");
         assert!(own.starts_with(fork.network("mac")) && own.contains(fork.network("ipv4")), "{own}");
-        let asked = format!("printf 'GET / HTTP/1.0\\r\\n\\r\\n' | nc -w 20 {SERVER} 80 | tail -n 1");
-        assert_eq!(bench.sh(fork, &asked), format!("{SERVER} {HOST}"));
+        // Debian 12's passt forgets some connections that the guest has half closed: seen on a busy host, the guest then waits in FIN_WAIT2
+        // for an answer that passt has no socket for any more. So it is asked again.
+        let asked = format!("printf 'GET / HTTP/1.0\\r\\n\\r\\n' | timeout 10 nc {SERVER} 80 | tail -n 1");
+        wait_until("the server's answer", Duration::from_secs(60), || {
+            bench.sh(fork, &asked) == format!("{SERVER} {HOST}")
+        });
         assert!(processes::is_alive(passt(fork)));
     }
     assert_ne!(first.network("mac"), second.network("mac"));
