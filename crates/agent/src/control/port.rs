@@ -21,11 +21,13 @@ use tokio::{
 /// Chunks that may wait on each way. Together with [`BUFFER`] this bounds what one port can hold.
 const CHUNKS: usize = 4;
 
-/// How long a host that has sent something may look absent.
-const OPENS_WITHIN: Duration = Duration::from_secs(1);
+/// How long a host that has sent something may look absent: until the kernel's worker has heard of it, which on a busy machine without
+/// hardware virtualisation can take as long as a second. What is given up then is lost to a host that may well be there.
+const OPENS_WITHIN: Duration = Duration::from_secs(5);
 
-/// How long a closed port must stay closed to count as a host that went away.
-const SETTLES_WITHIN: Duration = Duration::from_millis(200);
+/// How long a closed port must stay closed to count as a host that went away; for the same reason not less. A host that ends in peace says so
+/// itself, and the next one is a new session at once.
+const SETTLES_WITHIN: Duration = Duration::from_secs(3);
 
 /// What the reading thread saw.
 #[derive(Debug)]

@@ -301,7 +301,13 @@ async fn http2(stream: Session, deadline: Instant, limit: Duration) -> Result<Ch
     timeout(left, endpoint.connect_with_connector(connector))
         .await
         .map_err(|_| GuestError::Timeout(limit))?
-        .map_err(|error| GuestError::Transport(error.to_string()))
+        .map_err(|error| GuestError::Transport(with_causes(&error)))
+}
+
+/// An error with its causes; alone it says no more than that something failed.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 fn fresh_session() -> Result<u64, GuestError> {
