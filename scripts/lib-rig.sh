@@ -211,7 +211,7 @@ tests_in_one_rig() {
     # Ignored are those that need what only the rig has.
     set -- "$tests" --include-ignored --nocapture --test-threads 1 "$@"
     # Folders that the tests read, and what was downloaded.
-    for path in tests recipes examples docs crates/host/src; do
+    for path in tests recipes examples docs crates/host/src crates/net/src; do
         set -- --file "$offshoot_source/$path" "$@"
     done
     for path in "$kept"/kernel-* "$kept"/rootfs/debian-*.tar; do
