@@ -92,7 +92,7 @@ pub struct Machine {
 pub enum NetworkEnd<'a> {
     /// A tap (`IFF_TAP | IFF_NO_PI`, without virtio headers): each read and each write is one frame.
     Tap(BorrowedFd<'a>),
-    /// A stream socket: each frame has its length before it, 4 bytes, big endian (what QEMU's `-netdev stream` and passt speak).
+    /// A stream socket: each frame has its length before it, 4 bytes, big endian (what QEMU's `-netdev socket` and passt speak).
     Stream(BorrowedFd<'a>),
 }
 

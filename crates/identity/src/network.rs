@@ -64,6 +64,12 @@ impl MacAddress {
         if bytes[0] & 0b11 == 0b10 { Ok(Self(bytes)) } else { Err(MacError) }
     }
 
+    /// The address of these bytes, made locally administered and unicast.
+    #[must_use]
+    pub const fn local([first, b, c, d, e, f]: [u8; 6]) -> Self {
+        Self([first & !0b11 | 0b10, b, c, d, e, f])
+    }
+
     /// Its bytes, in the order in which they are sent.
     #[must_use]
     pub fn octets(self) -> [u8; 6] {

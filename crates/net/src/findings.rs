@@ -10,7 +10,7 @@ use identity::ForkId;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 use crate::{
-    address::{MacAddress, Pool},
+    address::{GATEWAY_MAC, Pool},
     error::missing_capability,
     host_table, link,
     mode::Mode,
@@ -87,7 +87,7 @@ fn trial() -> Vec<Finding> {
     let addresses = Pool::default().addresses(Pool::default().gateway());
     let wire = || -> io::Result<()> {
         let own = namespace::own()?;
-        let request = netlink::link::new_wire("trial", named_net::group(0), MacAddress::GATEWAY, WIRE, own.as_fd());
+        let request = netlink::link::new_wire("trial", named_net::group(0), GATEWAY_MAC, WIRE, own.as_fd());
         Socket::route()?.carry_out(vec![request])
     };
     let rate = || -> io::Result<()> {

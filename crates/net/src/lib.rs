@@ -53,7 +53,7 @@ mod tests;
 mod user;
 
 pub use ack::{ACK_PORT, AckDatagram, AckSocket, MAX_DATAGRAM};
-pub use address::{Addresses, MTU, MacAddress, Pool, PoolError, PoolTextError};
+pub use address::{Addresses, GATEWAY_MAC, MTU, Pool, PoolError, PoolTextError};
 pub use dns::{Dns, MAX_DNS, Reach, Unreachable};
 pub use error::{LinkError, missing_capability};
 #[cfg(feature = "fault-points")]

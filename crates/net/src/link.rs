@@ -11,7 +11,7 @@ use identity::ForkId;
 
 use crate::{
     ack::AckSocket,
-    address::{MacAddress, Pool},
+    address::{GATEWAY_MAC, Pool, mac_of_wire},
     error::{LinkError, missing_capability, step},
     fault, host_table,
     lease::Leases,
@@ -239,7 +239,7 @@ impl Network {
             let doing = "making the wire out of the network namespace";
             let (name, group) = (record.wire(), named_net::group(0));
             let here = namespace::own().map_err(step(doing))?;
-            let mac = MacAddress::of_wire(addresses.v4);
+            let mac = mac_of_wire(addresses.v4);
             let mut requests = vec![link::new_wire(&name, group, mac, WIRE, here.as_fd())];
             if addresses.v6.is_some() {
                 requests.push(link::without_own_address(&name));
@@ -255,7 +255,7 @@ impl Network {
             let mut inside = Socket::route().map_err(step(doing))?;
             let tap = inside.index_of(TAP).map_err(step(doing))?;
             let far = inside.index_of(WIRE).map_err(step(doing))?;
-            let mut requests = vec![link::set_mac(tap, MacAddress::GATEWAY), link::up(tap), link::up(far)];
+            let mut requests = vec![link::set_mac(tap, GATEWAY_MAC), link::up(tap), link::up(far)];
             requests.extend(gateways.map(|gateway| link::add_address(tap, gateway)));
             for address in guest.clone() {
                 requests.push(link::route_to(tap, address));

@@ -73,13 +73,13 @@ pub(crate) fn close(addresses: &Addresses) -> io::Result<()> {
 
     let mut source = |rule: Rule, verdict| rules.rule(TABLE, "prerouting", rule.verdict(verdict));
     let own = |address: IpAddr| {
-        from_guest().bytes(Header::Ethernet, 6, &addresses.mac.0).address(Side::Source, address.into())
+        from_guest().bytes(Header::Ethernet, 6, &addresses.mac.octets()).address(Side::Source, address.into())
     };
     source(own(addresses.v4.into()), Verdict::Accept);
     if let Some(v6) = addresses.v6 {
         source(own(v6.into()), Verdict::Accept);
         // What a card says before and besides its address: the search for duplicates, and for the gateway.
-        let neighbours = || from_guest().bytes(Header::Ethernet, 6, &addresses.mac.0).transport(ICMPV6);
+        let neighbours = || from_guest().bytes(Header::Ethernet, 6, &addresses.mac.octets()).transport(ICMPV6);
         source(
             neighbours()
                 .address(Side::Source, IpNet::V6(Ipv6Net::new_assert([0xfe80, 0, 0, 0, 0, 0, 0, 0].into(), 10))),

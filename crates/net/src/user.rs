@@ -55,13 +55,13 @@ use std::{
     time::Duration,
 };
 
-use identity::ForkId;
+use identity::{ForkId, MacAddress};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::{
-    address::MacAddress,
+    address::{GATEWAY_MAC, mac_of_fork},
     policy::{Egress, Forward, Policy, PolicyError, Protocol},
     ports,
 };
@@ -162,8 +162,8 @@ impl UserAddresses {
     pub fn of(id: &ForkId) -> Self {
         let (v4, v6) = (has_default_route_v4(), has_default_route_v6());
         Self {
-            mac: MacAddress::of_fork(id),
-            gateway_mac: MacAddress::GATEWAY,
+            mac: mac_of_fork(id),
+            gateway_mac: GATEWAY_MAC,
             v4: (v4 || !v6).then_some((GUEST_V4, GATEWAY_V4)),
             v6: v6.then_some((GUEST_V6, GATEWAY_V6)),
         }
@@ -195,7 +195,7 @@ fn announcement(addresses: &UserAddresses) -> Vec<u8> {
     const ARP: [u8; 2] = [8, 6];
     // Ethernet, IPv4, their lengths, a request.
     const REQUEST: [u8; 8] = [0, 1, 8, 0, 6, 4, 0, 1];
-    let (own, address) = (addresses.mac.0, addresses.v4.map_or(GUEST_V4, |(own, _)| own).octets());
+    let (own, address) = (addresses.mac.octets(), addresses.v4.map_or(GUEST_V4, |(own, _)| own).octets());
     let frame = [&[0xff; 6][..], &own, &ARP, &REQUEST, &own, &address, &[0; 6], &address].concat();
     [&[0, 0, 0, 42], &frame[..]].concat()
 }
@@ -299,8 +299,8 @@ pub(crate) fn reaches_loopback() -> Result<bool, UserError> {
     listener.set_read_timeout(Some(LOOPBACK_PATIENCE)).map_err(io)?;
     let port = listener.local_addr().map_err(io)?.port();
     let addresses = UserAddresses {
-        mac: MacAddress([2, 0, 0, 0, 0, 1]),
-        gateway_mac: MacAddress::GATEWAY,
+        mac: MacAddress::local([2, 0, 0, 0, 0, 1]),
+        gateway_mac: GATEWAY_MAC,
         v4: Some((GUEST_V4, GATEWAY_V4)),
         v6: None,
     };
@@ -325,7 +325,7 @@ fn datagram(addresses: &UserAddresses, port: u16) -> Vec<u8> {
     (header[10], header[11]) = (high, low);
     // RFC 768; 0 is "no checksum".
     let udp = [ANY_PORT.to_be_bytes(), port.to_be_bytes(), [0, 12], [0, 0]].concat();
-    let frame = [&addresses.gateway_mac.0[..], &addresses.mac.0, &IPV4, &header, &udp, b"ping"].concat();
+    let frame = [&addresses.gateway_mac.octets()[..], &addresses.mac.octets(), &IPV4, &header, &udp, b"ping"].concat();
     [&[0, 0, 0, 46], &frame[..]].concat()
 }
 

@@ -187,6 +187,25 @@ fn a_host_that_hangs_up_ends_its_session_and_another_can_come() {
     });
 }
 
+#[test]
+fn a_host_that_looks_absent_for_a_second_keeps_its_session() {
+    on_runtime(async {
+        let (pty, port) = Pty::new();
+        let host = pty.open();
+        let mut sessions = started(port);
+        rustix::io::write(&host, &frame(Kind::Hello, 1, b"")).unwrap();
+        let mut session = sessions.recv().await.unwrap();
+        // As the port looks where the kernel has not heard of the host yet.
+        drop(host);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let host = pty.open();
+        rustix::io::write(&host, &frame(Kind::Data, 1, b"go on")).unwrap();
+        let mut text = [0; 5];
+        session.read_exact(&mut text).await.unwrap();
+        assert_eq!(&text, b"go on");
+    });
+}
+
 #[derive(Debug)]
 struct Guest {
     state: Arc<AgentState>,

@@ -6,6 +6,7 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd},
 };
 
+use identity::MacAddress;
 use netlink_packet_core::{
     DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage,
 };
@@ -22,7 +23,7 @@ use netlink_packet_route::{
 };
 
 use super::Socket;
-use crate::{address::MacAddress, policy::Rate};
+use crate::policy::Rate;
 
 type Request = NetlinkMessage<RouteNetlinkMessage>;
 
@@ -49,7 +50,7 @@ pub(crate) fn new_wire(name: &str, group: u32, mac: MacAddress, peer: &str, name
     let end = |name: &str| {
         let mut message = LinkMessage::default();
         message.attributes.push(LinkAttribute::IfName(name.to_owned()));
-        message.attributes.push(LinkAttribute::Address(mac.0.to_vec()));
+        message.attributes.push(LinkAttribute::Address(mac.octets().to_vec()));
         set(&mut message, LinkFlags::Noarp);
         message
     };
@@ -94,7 +95,7 @@ pub(crate) fn down(index: u32) -> Request {
 pub(crate) fn set_mac(index: u32, mac: MacAddress) -> Request {
     let mut message = LinkMessage::default();
     message.header.index = index;
-    message.attributes.push(LinkAttribute::Address(mac.0.to_vec()));
+    message.attributes.push(LinkAttribute::Address(mac.octets().to_vec()));
     request(CHANGE, RouteNetlinkMessage::SetLink(message))
 }
 
@@ -229,7 +230,7 @@ pub(crate) fn neighbour(index: u32, address: IpAddr, mac: MacAddress) -> Request
         IpAddr::V6(address) => NeighbourAddress::Inet6(address),
     };
     message.attributes.push(NeighbourAttribute::Destination(destination));
-    message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.0.to_vec()));
+    message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.octets().to_vec()));
     request(NEW, RouteNetlinkMessage::NewNeighbour(message))
 }
 

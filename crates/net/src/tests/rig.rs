@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-use identity::ForkId;
+use identity::{ForkId, MacAddress};
 use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
@@ -33,7 +33,7 @@ use rustix::{
 };
 
 use crate::{
-    ClosedLink, LinkRecord, MacAddress, Network, OpenLink, Policy, Pool, TapOptions, UserAddresses, namespace,
+    ClosedLink, LinkRecord, Network, OpenLink, Policy, Pool, TapOptions, UserAddresses, namespace,
     netlink::{Socket, link},
     tap,
 };
@@ -50,7 +50,7 @@ pub(super) const OUTSIDE_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0,
 pub(super) const OTHER_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 9);
 
 /// Of both ends of the wire to the outside.
-pub(super) const UPLINK: MacAddress = MacAddress([2, 0, 0, 0, 0, 9]);
+pub(super) const UPLINK: MacAddress = MacAddress::local([2, 0, 0, 0, 0, 9]);
 
 pub(super) const TAP: TapOptions = TapOptions { owner: 0, vnet_header: false };
 
@@ -258,7 +258,7 @@ impl World {
     /// A link of somebody else's.
     pub(super) fn stranger(&self, name: &str, group: u32) {
         let namespace = std::fs::File::open(self.new_namespace()).unwrap();
-        let wire = link::new_wire(name, group, MacAddress([2, 1, 1, 1, 1, 1]), "peer", namespace.as_fd());
+        let wire = link::new_wire(name, group, MacAddress::local([2, 1, 1, 1, 1, 1]), "peer", namespace.as_fd());
         Socket::route().unwrap().carry_out(vec![wire]).unwrap();
     }
 }

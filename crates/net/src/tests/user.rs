@@ -121,7 +121,7 @@ fn n3_user_nothing_leaves_before_the_start_and_everything_as_the_host_after_it()
             assert_eq!(guest.within(|| ask((OUTSIDE, 53).into())).unwrap(), HOST);
             let frames = sniffer.frames();
             assert!(frames.iter().any(|frame| contains(frame, &OUTSIDE.octets())), "the sniffer sees");
-            assert!(!frames.iter().any(|frame| contains(frame, &mac.0)), "no guest's MAC is outside");
+            assert!(!frames.iter().any(|frame| contains(frame, &mac.octets())), "no guest's MAC is outside");
             assert!(process.is_alive());
         }
     });
@@ -149,7 +149,7 @@ fn n1_user_forks_have_one_address_but_each_its_own_card() {
         let (one, other) = (UserAddresses::of(&fork(1)), UserAddresses::of(&fork(2)));
         assert_eq!((one.v4, one.v6), (other.v4, other.v6));
         assert_ne!(one.mac, other.mac);
-        assert_eq!(one.mac.0[0] & 3, 2, "locally administered, not multicast");
+        assert_eq!(one.mac.octets()[0] & 3, 2, "locally administered, not multicast");
         assert_ne!(one.mac, one.gateway_mac);
     });
 }

@@ -2,8 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use identity::MacAddress;
+
 use super::rig::{Guest, HOST, OUTSIDE, Sniffer, TAP, UPLINK, call_from, contains, fork, in_a_world, serve};
-use crate::{ACK_PORT, MAX_DATAGRAM, MacAddress, Policy};
+use crate::{ACK_PORT, MAX_DATAGRAM, Policy};
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(5)
@@ -32,7 +34,7 @@ fn n3_nothing_leaves_a_closed_link_and_everything_an_open_one_as_the_host() {
         }
         // Between the host and the outside the kernel says a few things of its own.
         let mut frames = sniffer.frames();
-        frames.retain(|frame| frame[6..12] != UPLINK.0);
+        frames.retain(|frame| frame[6..12] != UPLINK.octets());
         assert_eq!(frames, Vec::<Vec<u8>>::new(), "the host has seen nothing of any fork");
 
         for (link, guest) in links {
@@ -42,7 +44,7 @@ fn n3_nothing_leaves_a_closed_link_and_everything_an_open_one_as_the_host() {
             let frames = sniffer.frames();
             assert!(frames.iter().any(|frame| contains(frame, &guest.v4().octets())), "the sniffer sees");
             assert!(
-                !frames.iter().any(|frame| contains(frame, &link.record().addresses.mac.0)),
+                !frames.iter().any(|frame| contains(frame, &link.record().addresses.mac.octets())),
                 "no guest's MAC is outside"
             );
         }
@@ -109,7 +111,7 @@ fn n2_an_acknowledgement_with_another_mac_or_address_is_dropped() {
         let addresses = link.record().addresses;
         let guest = Guest::start_bare(world, &link);
         let to = (addresses.gateway_v4, ACK_PORT);
-        let wrong = MacAddress([2, 0x6f, 1, 1, 1, 1]);
+        let wrong = MacAddress::local([2, 0x6f, 1, 1, 1, 1]);
         guest.becomes(wrong, addresses.v4.into());
         guest.send(addresses.v4, to, b"wrong MAC").unwrap();
         assert_eq!(acks.receive(never()).unwrap(), None);

@@ -11,13 +11,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use identity::MacAddress;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::{Errno, ioctl_fionread},
     net::{RecvFlags, recv},
 };
-
-use crate::address::MacAddress;
 
 /// The bytes of the length before each frame.
 const LENGTH: usize = 4;
@@ -70,7 +69,7 @@ fn last_of_another(bytes: &[u8], own: MacAddress) -> io::Result<usize> {
         let frame = &bytes[at + LENGTH..];
         at += LENGTH + length;
         // A frame of which not even the source is here is taken for another's.
-        if length < HEADER || frame.get(6..12) != Some(&own.0) {
+        if length < HEADER || frame.get(6..12) != Some(&own.octets()) {
             end = at;
         }
     }
@@ -150,12 +149,12 @@ mod tests {
 
     use super::*;
 
-    const OWN: MacAddress = MacAddress([2, 1, 1, 1, 1, 1]);
-    const OTHER: MacAddress = MacAddress([2, 1, 1, 1, 1, 2]);
+    const OWN: MacAddress = MacAddress::local([2, 1, 1, 1, 1, 1]);
+    const OTHER: MacAddress = MacAddress::local([2, 1, 1, 1, 1, 2]);
 
     fn frame(source: MacAddress, payload: &[u8]) -> Vec<u8> {
         let length = u32::try_from(HEADER + payload.len()).unwrap().to_be_bytes();
-        [&length[..], &[0xff; 6], &source.0, &[8, 0], payload].concat()
+        [&length[..], &[0xff; 6], &source.octets(), &[8, 0], payload].concat()
     }
 
     /// What is left of what was sent.

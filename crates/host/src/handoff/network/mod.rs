@@ -21,8 +21,8 @@ use std::{
     time::Duration,
 };
 
-use identity::{ForkId, Inet, MacAddress, Network as Section, NetworkError as SectionError, Tag};
-use net::{ACK_PORT, Addresses, LinkError, MTU, UserAddresses, UserError};
+use identity::{ForkId, Inet, Network as Section, NetworkError as SectionError, Tag};
+use net::{ACK_PORT, Addresses, GATEWAY_MAC, LinkError, MTU, UserAddresses, UserError};
 use thiserror::Error;
 
 pub(crate) use self::{
@@ -127,15 +127,11 @@ fn in_guest<T>(future: impl Future<Output = Result<T, GuestError>>) -> Result<T,
     runtime.block_on(future)
 }
 
-fn mac(mac: net::MacAddress) -> Result<MacAddress, NetworkError> {
-    Ok(MacAddress::new(mac.0).map_err(|_| SectionError::Field { field: "mac", rule: "locally administered" })?)
-}
-
 /// What a fork by tap is told.
 pub(crate) fn tap_section(addresses: &Addresses, dns: &[IpAddr]) -> Result<Section, NetworkError> {
     let addresses = UserAddresses {
         mac: addresses.mac,
-        gateway_mac: net::MacAddress::GATEWAY,
+        gateway_mac: GATEWAY_MAC,
         v4: Some((addresses.v4, addresses.gateway_v4)),
         v6: addresses.v6.zip(addresses.gateway_v6),
     };
@@ -150,11 +146,11 @@ pub(crate) fn section(
     ack: Option<SocketAddr>,
 ) -> Result<Section, NetworkError> {
     let section = Section {
-        mac: mac(addresses.mac)?,
+        mac: addresses.mac,
         mtu: MTU,
         ipv4: addresses.v4.map(|(address, gateway)| Inet { address, prefix: 32, gateway: Some(gateway) }),
         ipv6: addresses.v6.map(|(address, gateway)| Inet { address, prefix: 128, gateway: Some(gateway) }),
-        gateway_mac: Some(mac(addresses.gateway_mac)?),
+        gateway_mac: Some(addresses.gateway_mac),
         dns: dns.to_vec(),
         search: Vec::new(),
         ack,
