@@ -173,6 +173,7 @@ impl Bench {
         command.args(args).env("OFFSHOOT_DATA_DIR", self.data()).env("OFFSHOOT_STATE_DIR", self.state());
         command.env_remove("OFFSHOOT_FAULT").env_remove("OFFSHOOT_AGENT");
         command.env_remove("OFFSHOOT_NETWORK").env_remove("OFFSHOOT_NETWORK_POOL");
+        command.env_remove("OFFSHOOT_HOST").env_remove("OFFSHOOT_TOKEN").env_remove("OFFSHOOT_CA");
         command
     }
 
@@ -227,6 +228,13 @@ impl Bench {
     #[track_caller]
     pub fn sh(&self, fork: &Fork, script: &str) -> String {
         self.exec(fork, &["/bin/sh", "-c", script]).ok().out().trim_end().to_owned()
+    }
+
+    /// The same in a fork that is known by name.
+    #[must_use]
+    #[track_caller]
+    pub fn sh_of(&self, name: &str, script: &str) -> String {
+        Run::of(self.plain(&["exec", name, "--", "/bin/sh", "-c", script]), &[]).ok().out().trim_end().to_owned()
     }
 
     /// Evaluates in a fork's runtime.
@@ -320,7 +328,13 @@ impl Drop for Bench {
         // Whatever went wrong, no machine outlives its test.
         let _ = self.offshoot(&["kill", "--all"]);
         let homes = [Some(self.state.path()), self.own_data.as_ref().map(TempDir::path)];
-        let left: Vec<u32> = homes.into_iter().flatten().flat_map(processes::inside).collect();
+        let inside = || homes.into_iter().flatten().flat_map(processes::inside).collect::<Vec<u32>>();
+        // A command that fills a pool may only now find out that there is nothing to fill. A machine does not end by itself.
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while !inside().is_empty() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(50));
+        }
+        let left = inside();
         left.iter().copied().for_each(processes::kill);
         assert!(left.is_empty() || thread::panicking(), "processes {left:?} outlived their forks");
     }

@@ -8,6 +8,7 @@
 
 pub mod bench;
 pub mod capture;
+pub mod daemon;
 pub mod processes;
 pub mod programs;
 pub mod recipes;
@@ -19,6 +20,7 @@ pub mod world;
 
 pub use bench::{Bench, Fork};
 pub use capture::Capture;
+pub use daemon::Daemon;
 pub use run::Run;
 pub use servers::Server;
 pub use templates::{Kind, Template};

@@ -21,7 +21,8 @@ pub struct Prepared {
 /// Copies `tests/recipes/NAME` for a template and compiles what is C in it. The caller holds the template's lock.
 #[must_use]
 pub fn prepare(name: &str, template: &str) -> Prepared {
-    let from = programs::source().join("tests/recipes").join(name);
+    let built_in = name == "node";
+    let from = programs::source().join(if built_in { "recipes" } else { "tests/recipes" }).join(name);
     let dir = programs::kept().join("recipes").join(template);
     let _ = fs::remove_dir_all(&dir);
     fs::create_dir_all(&dir).expect("the recipe's folder can be made");
@@ -30,6 +31,11 @@ pub fn prepare(name: &str, template: &str) -> Prepared {
     }
     match name {
         "mailboxes" => add(&programs::source().join("examples/mailbox/mailbox.c"), &dir),
+        "hazards" => {
+            // Debian's essential packages have no tools for networks.
+            let busybox = programs::distribution("busybox", "busybox-static");
+            fs::copy(busybox, dir.join("busybox")).expect("busybox can be copied");
+        }
         "python-watched" => {
             let python = programs::source().join("recipes/python");
             add(&python.join("bridge.py"), &dir);
@@ -43,10 +49,52 @@ pub fn prepare(name: &str, template: &str) -> Prepared {
             let recipe = patient;
             fs::write(dir.join("recipe.toml"), recipe).expect("the recipe can be written");
         }
+        "node" => {
+            change(
+                &dir.join("recipe.toml"),
+                &[
+                    // An emulated machine in an emulated machine has the time it takes.
+                    ("ready_timeout_s = 120", "ready_timeout_s = 600"),
+                    ("var warmed = true;", DRAWING),
+                ],
+            );
+            if template == "node-stale" {
+                change(
+                    &dir.join("bridge.js"),
+                    &[
+                        ("  openssl.mark();\n", ""),
+                        ("  useUp();\n", ""),
+                        ("mathRandom.reseed()", "0"),
+                        ("memory: openssl.inPlace()", "memory: []"),
+                    ],
+                );
+                change(&dir.join("randomness.js"), &[("      this.mark();\n", ""), ("seeded < 2", "seeded < 0")]);
+            }
+        }
         _ => {}
     }
     let hash = hash(&dir);
     Prepared { dir, hash }
+}
+
+/// A timer of a Node that draws from everything, also in the thread pool, and notes who it is; it fires in a fork as soon as anything may.
+const DRAWING: &str = "var draws = []; var context = vm.createContext({});
+setInterval(() => {
+  if (draws.length > 0 && draws.at(-1).name === process.env.OFFSHOOT_NAME) return;
+  const draw = { name: process.env.OFFSHOOT_NAME, random: Math.random(), uuid: crypto.randomUUID(), int: crypto.randomInt(2 ** 47),
+    bytes: crypto.randomBytes(8).toString('hex'), context: vm.runInContext('Math.random()', context) };
+  draws.push(draw);
+  crypto.randomBytes(8, (error, bytes) => { draw.pool = bytes.toString('hex'); });
+}, 1);";
+
+/// Replaces parts of a file, each of which must be there.
+fn change(path: &Path, parts: &[(&str, &str)]) {
+    let mut text = fs::read_to_string(path).expect("the recipe's file can be read");
+    for (from, to) in parts {
+        assert!(text.contains(from), "{} has no {from:?} any more", path.display());
+        text = text.replace(from, to);
+    }
+    fs::write(path, text).expect("the recipe's file can be written");
 }
 
 fn files(dir: &Path) -> Vec<PathBuf> {

@@ -6,7 +6,7 @@ use std::{
     hash::{DefaultHasher, Hash, Hasher},
     path::{Path, PathBuf},
     process::Command,
-    sync::OnceLock,
+    sync::{Once, OnceLock},
 };
 
 use serde_json::Value;
@@ -28,6 +28,14 @@ pub enum Kind {
     Python,
     /// Busybox with a web server, connections made before the capture, and a program that says what it is told to.
     Networked,
+    /// Busybox with services that wait for who they are, and a payload that is posted.
+    Services,
+    /// The built-in `node`, with a timer that draws from everything.
+    Node,
+    /// The same with a bridge that leaves out what makes a copy's randomness fresh.
+    NodeStale,
+    /// Chromium with a page open; for the engine `qemu` alone.
+    Browser,
 }
 
 /// A template that is there.
@@ -90,7 +98,7 @@ pub fn data() -> PathBuf {
 /// The template, built if it is not there. Tests that run at once wait for each other.
 #[must_use]
 pub fn ensure(kind: Kind) -> Template {
-    static FOUND: [OnceLock<Template>; 6] = [const { OnceLock::new() }; 6];
+    static FOUND: [OnceLock<Template>; 10] = [const { OnceLock::new() }; 10];
     FOUND[kind as usize].get_or_init(|| find_or_build(kind)).clone()
 }
 
@@ -102,11 +110,19 @@ fn find_or_build(kind: Kind) -> Template {
         Kind::Mailboxes => "mailboxes",
         Kind::Python => "python-watched",
         Kind::Networked => "networked",
+        Kind::Services => "services",
+        Kind::Node => "node-drawing",
+        Kind::NodeStale => "node-stale",
+        Kind::Browser => "browser",
     };
     let agent = if kind == Kind::WatchedWithoutFreeze { "offshoot-agent-without-freeze" } else { "offshoot-agent" };
     let agent = programs::beside(agent);
     let lock = File::create(programs::kept().join(format!("{name}.lock"))).expect("the lock can be made");
     lock.lock().expect("the lock can be taken");
+
+    // What a run that was killed has left half made would be counted as this run's.
+    static TIDY: Once = Once::new();
+    TIDY.call_once(|| drop(Run::of(offshoot(&data(), &["cleanup", "--yes"]), &[])));
 
     let mut hasher = DefaultHasher::new();
     env::var_os("OFFSHOOT_ENGINE").hash(&mut hasher);
@@ -114,10 +130,14 @@ fn find_or_build(kind: Kind) -> Template {
         let metadata = fs::metadata(program).expect("the program is there");
         (metadata.len(), metadata.modified().expect("it has a time")).hash(&mut hasher);
     }
-    let recipe = if kind == Kind::Busybox {
-        PathBuf::from("busybox")
+    let recipe = if matches!(kind, Kind::Busybox | Kind::Browser) {
+        PathBuf::from(name)
     } else {
-        let folder = if kind == Kind::WatchedWithoutFreeze { "watched" } else { name };
+        let folder = match kind {
+            Kind::WatchedWithoutFreeze => "watched",
+            Kind::Node | Kind::NodeStale => "node",
+            _ => name,
+        };
         let prepared = recipes::prepare(folder, name);
         prepared.hash.hash(&mut hasher);
         prepared.dir

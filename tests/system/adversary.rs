@@ -7,14 +7,24 @@ use offshoot_tests::{
     watch::{self, Findings},
 };
 
+use crate::{
+    pool::{is_from_pool, pool},
+    rehearsal::{rehearsed, rehearses},
+};
+
 const FORKS: usize = 8;
 
-/// Forks the template, waits until every writer has seen enough, and checks what they wrote.
-fn watch_forks(kind: Kind, writers: usize) -> Findings {
+/// Forks the template, with a pool or without, waits until every writer has seen enough, and checks what they wrote.
+fn watch_forks(kind: Kind, writers: usize, with_pool: bool) -> Findings {
     let bench = Bench::new();
     let template = bench.template(kind);
+    if with_pool {
+        assert_eq!(pool(&bench, &template, FORKS), FORKS as u64);
+        assert_eq!(rehearsed(&bench), if rehearses(&template) { FORKS as u64 } else { 0 });
+    }
     let asked = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     let forks = bench.fork(&template, &["-n", &FORKS.to_string()]);
+    assert_eq!(forks.iter().filter(|fork| is_from_pool(fork)).count(), if with_pool { FORKS } else { 0 });
     let logs = tempfile::tempdir().unwrap();
     let mut written = Vec::new();
     for fork in forks {
@@ -33,6 +43,9 @@ fn watch_forks(kind: Kind, writers: usize) -> Findings {
     }
     let asked_ns = u64::try_from(asked.as_nanos()).unwrap();
     let findings = watch::check(&written, watch::frozen_ns(&template.manifest), asked_ns);
+    if with_pool {
+        assert_eq!(pool(&bench, &template, 0), 0);
+    }
     bench.end();
     findings
 }
@@ -45,7 +58,7 @@ fn assert_it_ran(findings: &Findings, writers: usize) {
 
 #[test]
 fn i1_no_thread_or_process_sees_the_templates_world_after_the_capture() {
-    let findings = watch_forks(Kind::Watched, 5);
+    let findings = watch_forks(Kind::Watched, 5, false);
     assert_it_ran(&findings, 5);
     assert!(findings.before > 100 * FORKS, "only {} entries before the freeze", findings.before);
     let (count, first) = (findings.violations.len(), findings.violations.first());
@@ -54,8 +67,18 @@ fn i1_no_thread_or_process_sees_the_templates_world_after_the_capture() {
 }
 
 #[test]
+fn i1_no_thread_or_process_runs_in_a_rehearsal_or_sees_it() {
+    // In a rehearsal the guest has another id, another name and an earlier clock than as a fork: a workload that ran would have seen them.
+    let findings = watch_forks(Kind::Watched, 5, true);
+    assert_it_ran(&findings, 5);
+    let (count, first) = (findings.violations.len(), findings.violations.first());
+    println!("{} entries before, {:?} after", findings.before, findings.after);
+    assert_eq!(count, 0, "the first one: {first:?}");
+}
+
+#[test]
 fn i1_python_does_not_see_the_templates_world_after_the_capture() {
-    let findings = watch_forks(Kind::Python, 4);
+    let findings = watch_forks(Kind::Python, 4, false);
     assert_it_ran(&findings, 4);
     assert!(findings.before > 100 * FORKS, "only {} entries before the freeze", findings.before);
     let (count, first) = (findings.violations.len(), findings.violations.first());
@@ -67,12 +90,12 @@ fn i1_python_does_not_see_the_templates_world_after_the_capture() {
 fn i1_without_the_freeze_the_adversary_is_found_out() {
     // Whether the workload gets to run in the few milliseconds before the identity is applied is the host's scheduler's
     // choice: one try may show nothing.
-    let mut findings = watch_forks(Kind::WatchedWithoutFreeze, 5);
+    let mut findings = watch_forks(Kind::WatchedWithoutFreeze, 5, false);
     for _ in 0..9 {
         if findings.of_one_fork > 0 {
             break;
         }
-        findings = watch_forks(Kind::WatchedWithoutFreeze, 5);
+        findings = watch_forks(Kind::WatchedWithoutFreeze, 5, false);
     }
     assert_it_ran(&findings, 5);
     println!("{} violations, {} of them in one fork only", findings.violations.len(), findings.of_one_fork);

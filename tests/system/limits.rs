@@ -95,7 +95,7 @@ fn f9_the_hosts_groups_fence_the_process_and_go_with_the_fork() {
     assert!(read(["cpu.max", "cpu.cfs_quota_us"]).starts_with("50000"));
     // Its name is taken: what was made for the second one goes, the first one's stays.
     let again = ["fork", &bench.template(Kind::Busybox).tag, "--name", limited.name(), "--cpus", "0.5"];
-    bench.offshoot(&again).exits(1).refused("name_taken");
+    bench.offshoot(&again).exits(1).refused("name_conflict");
     assert!(groups.iter().all(|group| Path::new(group).exists()));
     bench.end();
     assert!(!groups.iter().any(|group| Path::new(group).exists()), "{groups:?} are left");

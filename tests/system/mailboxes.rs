@@ -123,11 +123,11 @@ fn i5_a_payload_may_fill_its_mailbox_and_come_from_a_file() {
 fn i5_a_wrong_request_is_refused_before_any_work() {
     let bench = Bench::new();
     let good = ["--mailbox", "honest={}"];
-    let error = refuse(&bench, &["--mailbox", "unknown={}"], 1, "mailbox_unknown");
+    let error = refuse(&bench, &["--mailbox", "unknown={}"], 1, "mailbox_not_found");
     assert!(error["message"].as_str().unwrap().contains("honest"), "it names those that are there: {error}");
     // All or nothing: the good one is not written either.
-    refuse(&bench, &[&good[..], &["--mailbox", "hones={}"]].concat(), 1, "mailbox_unknown");
-    refuse(&bench, &["--mailbox", "honestly={}"], 1, "mailbox_unknown");
+    refuse(&bench, &[&good[..], &["--mailbox", "hones={}"]].concat(), 1, "mailbox_not_found");
+    refuse(&bench, &["--mailbox", "honestly={}"], 1, "mailbox_not_found");
     let error =
         refuse(&bench, &["--mailbox", "double={}", "--mailbox-token", "double=env:PATH"], 1, "mailbox_ambiguous");
     assert!(error["message"].as_str().unwrap().contains("build"), "{error}");
@@ -146,7 +146,7 @@ fn i5_a_wrong_request_is_refused_before_any_work() {
         (0..17).flat_map(|number| ["--mailbox".to_owned(), format!("honest{number}={{}}")]).collect();
     let many: Vec<&str> = many.iter().map(String::as_str).collect();
     refuse(&bench, &many, 2, "too_many_mailboxes");
-    refuse(&bench, &many[..32], 1, "mailbox_unknown");
+    refuse(&bench, &many[..32], 1, "mailbox_not_found");
 }
 
 #[test]

@@ -2,8 +2,16 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod adversary;
+mod api;
+mod api_access;
+mod api_cli;
+mod api_recovery;
+mod audit;
+mod branch;
+mod browser;
 mod eval;
 mod exec;
+mod forward;
 mod generation;
 mod identity;
 mod idle;
@@ -21,8 +29,13 @@ mod network_obstacles;
 mod network_policy;
 mod network_user;
 mod network_wire;
+mod node;
 mod own_rootfs;
 mod pool;
 mod recovery;
+mod rehearsal;
+mod route;
+mod services;
 mod signals;
+mod standby;
 mod warm_up;

@@ -12,6 +12,7 @@ use tempfile::NamedTempFile;
 use crate::{
     network_acks::{PLUGGED, PULLED},
     pool::{pool, spares},
+    rehearsal::rehearses,
 };
 
 /// Of every template's card: 02 and `offsh`, with which every ack begins too. So what datagrams say is left out when it is looked for.
@@ -102,16 +103,30 @@ fn are_themselves(forks: &[Fork], captures: &BTreeMap<String, Capture>, host: &C
     }
 }
 
+/// How many frames a spare's card has sent so far.
+fn sent(bench: &Bench, id: &str) -> u64 {
+    let counters = bench.place_of(id).sh("cat /proc/net/dev");
+    let of_tap = counters.lines().find_map(|line| line.trim_start().strip_prefix("tap0:")).unwrap();
+    of_tap.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
 #[test]
 fn n3_no_frame_of_eight_forks_is_ever_their_templates() {
     let bench = Bench::in_a_world();
     let template = bench.template(Kind::Networked);
     let host = Capture::start(&bench.world().host);
     let captures = watched(&bench, &template);
+    // They have spoken, if they have rehearsed, and nothing of it has left their namespaces.
+    let spoken = captures.keys().filter(|id| sent(&bench, id) > 0).count();
+    assert_eq!(spoken, if rehearses(&template) { captures.len() } else { 0 });
+    let rehearsals = host.frames();
     let (_file, option) = orders();
     let forks = bench.fork(&template, &["-n", "8", "--file", &option, "--network-timeout-ms", "30000"]);
     assert_eq!(forks.iter().map(Fork::id).collect::<BTreeSet<_>>(), captures.keys().map(String::as_str).collect());
     are_themselves(&forks, &captures, &host);
+    let is_a_forks = |frame: &&Frame| forks.iter().flat_map(own).any(|address| frame.source() == Some(address));
+    assert_eq!(rehearsals.iter().find(is_a_forks), None, "before they were forks");
+    assert!(host.frames().iter().any(|frame| is_a_forks(&frame)), "the check can fail");
 
     // The check can fail: it knows another's frame, and the template's.
     let (mac, own_of) = (forks[0].network("mac"), own(&forks[0]));

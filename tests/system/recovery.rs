@@ -56,11 +56,13 @@ impl<'a> Neighbour<'a> {
     }
 }
 
-/// What `cleanup` would remove here. Control groups are the host's, so those of other tests' forks are seen as well.
+/// What `cleanup` would remove here. Control groups and networks are the host's, so those of other tests' forks are seen as well (not by a test on a
+/// host of its own, whose networks are noted elsewhere).
 #[track_caller]
 pub(crate) fn own_leftovers(bench: &Bench) -> Vec<String> {
     let path = |leftover: &serde_json::Value| leftover["path"].as_str().unwrap().to_owned();
-    bench.leftovers().iter().map(path).filter(|path| !path.starts_with("/sys/fs/cgroup")).collect()
+    let of_the_host = |path: &String| path.starts_with("/sys/fs/cgroup") || path.starts_with("/run/offshoot/network-");
+    bench.leftovers().iter().map(path).filter(|path| !of_the_host(path)).collect()
 }
 
 /// The error names a next command, by itself or in its text.
@@ -150,11 +152,11 @@ fn o2_one_fork_of_many_that_fails_does_not_undo_the_others() {
     let template = bench.template(Kind::Busybox);
     let _ = bench.fork_one(&template, &["--name", "many-2"]);
     let run = bench.offshoot(&["fork", &template.tag, "-n", "3", "--name", "many"]);
-    run.refused("name_taken");
+    run.refused("name_conflict");
     let made = run.json();
     assert_eq!(made["forks"].as_array().unwrap().len(), 2, "{run}");
     assert_eq!(made["failed"][0]["fork"], "fork 2");
-    assert_eq!(made["failed"][0]["error"]["code"], "name_taken");
+    assert_eq!(made["failed"][0]["error"]["code"], "name_conflict");
     assert_eq!(bench.ls().iter().filter(|(_, alive)| *alive).count(), 3);
     bench.end();
 }
@@ -293,7 +295,7 @@ fn o4_two_builds_of_one_tag_do_not_collide_and_the_second_is_told_who_holds_it()
     });
     let mut both = both.into_inner().unwrap();
     both.sort_by_key(|run| run.code);
-    both.remove(1).refused("template_locked");
+    both.remove(1).refused("template_busy");
     let _ = both.remove(0).ok();
     // The one that is there is not replaced.
     bench.offshoot(&["build", "busybox", "--tag", "one"]).exits(1).refused("template_exists");
@@ -304,7 +306,7 @@ fn o4_two_builds_of_one_tag_do_not_collide_and_the_second_is_told_who_holds_it()
         fs::metadata(&lock).is_ok_and(|lock| lock.len() > 0)
     });
     for args in [vec!["build", "busybox", "--tag", "two"], vec!["fork", "two"], vec!["rmi", "two"]] {
-        let error = bench.offshoot(&args).exits(1).refused("template_locked");
+        let error = bench.offshoot(&args).exits(1).refused("template_busy");
         assert!(error["message"].as_str().unwrap().contains(&format!("process {}", first.id())), "{error}");
     }
     assert!(first.wait().unwrap().success());
@@ -339,7 +341,7 @@ fn o2_a_templates_machine_ends_with_its_builder() {
 }
 
 /// Runs a script in a mount namespace of its own with a small file system at `at`. Needs root.
-fn on_a_small_disk(bench: &Bench, at: &Path, options: &str, script: &str) -> Run {
+pub(crate) fn on_a_small_disk(bench: &Bench, at: &Path, options: &str, script: &str) -> Run {
     let mut command = Command::new(programs::distribution("unshare", "util-linux"));
     let mount = format!("mount -t tmpfs -o {options},mode=0711 small '{}' && {{ {script}\n}}", at.display());
     command.args(["--mount", "--propagation", "private", "/bin/sh", "-c", &mount]);

@@ -8,6 +8,11 @@ use std::{
 use offshoot_tests::{Bench, Kind, Run, bench::wait_until, processes};
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::{
+    pool::{pool, spare_pids, spares},
+    recovery::own_leftovers,
+};
+
 /// Starts `offshoot ARGS`, signals it as soon as `begun` holds, and expects the exit code by convention and the typed error.
 #[track_caller]
 fn interrupt(bench: &Bench, args: &[&str], signal: Signal, begun: impl FnMut() -> bool) -> Run {
@@ -57,6 +62,31 @@ fn o2_an_interrupted_fork_keeps_what_it_names_and_nothing_else() {
         }
         assert!(bench.leftovers().is_empty());
         bench.end();
+    }
+}
+
+#[test]
+fn o2_an_interrupted_pool_keeps_the_spares_that_are_ready_and_no_machine_besides() {
+    let bench = Bench::new();
+    let template = bench.template(Kind::Busybox);
+    // A machine has been started: it is loading its template, or rehearsing.
+    let has_machine = |name: &String| {
+        name.starts_with(".new-") && bench.state().join("forks").join(name).join("process.json").exists()
+    };
+    for at_least in [0, 1, 3] {
+        let begun = || spares(&bench).len() >= at_least && bench.entries("forks").iter().any(has_machine);
+        let _ = interrupt(&bench, &["pool", &template.tag, "64"], Signal::TERM, begun);
+        let ready = spares(&bench);
+        assert!((at_least..64).contains(&ready.len()), "{ready:?}");
+        assert_eq!(bench.entries("forks"), ready);
+        let sorted = |mut pids: Vec<u32>| {
+            pids.sort_unstable();
+            pids
+        };
+        assert_eq!(sorted(processes::inside(bench.state())), sorted(spare_pids(&bench)));
+        assert!(own_leftovers(&bench).is_empty());
+        assert_eq!(pool(&bench, &template, 0), 0);
+        bench.assert_empty();
     }
 }
 

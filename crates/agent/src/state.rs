@@ -6,9 +6,16 @@ use std::{
     time::Instant,
 };
 
-use identity::{Document, EnvName, ForkIdentity, Limits};
+use identity::{Document, EnvName, ForkId, ForkIdentity, Limits};
+use tokio::sync::watch;
 
-use crate::{Freeze, keeper::Keeper, service::Supervisor, workload::Workload};
+use crate::{
+    Freeze,
+    keeper::Keeper,
+    payload::{Delivery, Expected, Payload},
+    service::Supervisor,
+    workload::Workload,
+};
 
 /// Where the sandbox is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,17 +56,20 @@ pub struct Identity {
     pub fork: ForkIdentity,
     /// The caller's labels.
     pub labels: BTreeMap<String, String>,
-    /// The caller's environment.
+    /// The caller's environment, and the payload's.
     pub env: BTreeMap<EnvName, String>,
     /// Limits of the workload.
     pub limits: Limits,
+    /// What the recipe's fields are; `None` as long as that is still to come.
+    pub payload: Option<Payload>,
 }
 
 impl Identity {
     /// What of `document` may stay.
     #[must_use]
-    pub fn of(document: &Document) -> Self {
+    pub fn of(document: &Document, expected: Option<&Expected>) -> Self {
         Self {
+            payload: expected.map_or_else(|| Some(Payload::new()), |expected| expected.payload_of(&document.labels)),
             fork: document.fork.clone(),
             labels: document.labels.clone(),
             env: document.env.clone(),
@@ -76,7 +86,23 @@ pub struct AgentState {
     workload: Workload,
     keeper: Keeper,
     supervisor: OnceLock<Arc<Supervisor>>,
+    expected: OnceLock<Arc<Expected>>,
+    /// Told of changes of what [`AgentState::told`] answers.
+    changes: watch::Sender<()>,
     now: Mutex<Now>,
+}
+
+/// What the local endpoint may tell of who this is.
+#[derive(Debug, Clone)]
+pub enum Told {
+    /// Nobody, and nobody has to wait.
+    NotComing,
+    /// It will come.
+    Waiting,
+    /// It is being captured, or takes on an identity: what is true is known when that has ended.
+    Changing,
+    /// Complete.
+    Applied(Arc<Identity>),
 }
 
 #[derive(Debug)]
@@ -96,6 +122,8 @@ impl AgentState {
             workload,
             keeper,
             supervisor: OnceLock::new(),
+            expected: OnceLock::new(),
+            changes: watch::Sender::new(()),
             now: Mutex::new(Now { phase: Phase::Template, identity: None, recipe_env: BTreeMap::new() }),
         });
         let _ = state.supervisor.set(Arc::new(Supervisor::new(&state)));
@@ -150,12 +178,60 @@ impl AgentState {
         self.now().recipe_env = env;
     }
 
+    /// What the recipe expects of payloads.
+    #[must_use]
+    pub fn expected(&self) -> Option<&Arc<Expected>> {
+        self.expected.get()
+    }
+
+    /// Sets it, once; false if it is set.
+    pub(crate) fn expect(&self, expected: Expected) -> bool {
+        self.expected.set(Arc::new(expected)).is_ok()
+    }
+
+    /// What may be told of who this is. All of it is from one moment.
+    #[must_use]
+    pub fn told(&self) -> Told {
+        let now = self.now();
+        match (now.phase, &now.identity) {
+            (Phase::Template, _) if self.expected().is_none_or(|expected| expected.delivery == Delivery::Off) => {
+                Told::NotComing
+            }
+            (Phase::Template, _) => Told::Waiting,
+            (Phase::Running, Some(identity)) if identity.payload.is_some() => Told::Applied(Arc::clone(identity)),
+            (Phase::Running, _) => Told::Waiting,
+            _ => Told::Changing,
+        }
+    }
+
+    /// Wakes who waits for a change of what is told. Not done where the change is made: that is on a fork's way to its ack.
+    pub(crate) fn announce_change(&self) {
+        if self.expected().is_some() {
+            self.changes.send_replace(());
+        }
+    }
+
+    /// Wakes at changes.
+    #[must_use]
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changes.subscribe()
+    }
+
+    /// What a fork's identity is with its payload. `None` if this is another fork, or its identity is complete.
+    pub(crate) fn completed(&self, fork: &ForkId, payload: Payload) -> Option<Arc<Identity>> {
+        let before = self.identity().filter(|identity| identity.fork.id == *fork && identity.payload.is_none())?;
+        let mut identity = Identity::clone(&before);
+        self.expected()?.set_variables(&payload, &mut identity.env);
+        identity.payload = Some(payload);
+        Some(Arc::new(identity))
+    }
+
     /// The environment that a new process of the workload gets: the recipe's, then the identity's, then `OFFSHOOT_*`.
     /// It is made anew each time, so a variable that the identity does not have is not there.
     #[must_use]
     pub fn environment(&self) -> BTreeMap<String, String> {
         let now = self.now();
-        environment(&now.recipe_env, now.identity.as_deref())
+        environment(&now.recipe_env, self.expected().map(Arc::as_ref), now.identity.as_deref())
     }
 
     pub(crate) fn set_phase(&self, phase: Phase) {
@@ -176,12 +252,20 @@ impl AgentState {
         self.now().identity = Some(identity);
     }
 
+    pub(crate) fn forget_identity(&self) {
+        self.now().identity = None;
+    }
+
     fn now(&self) -> MutexGuard<'_, Now> {
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn environment(recipe: &BTreeMap<String, String>, identity: Option<&Identity>) -> BTreeMap<String, String> {
+fn environment(
+    recipe: &BTreeMap<String, String>,
+    expected: Option<&Expected>,
+    identity: Option<&Identity>,
+) -> BTreeMap<String, String> {
     let mut env: BTreeMap<String, String> = [
         ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
         ("HOME", "/root"),
@@ -191,7 +275,9 @@ fn environment(recipe: &BTreeMap<String, String>, identity: Option<&Identity>) -
     .into();
     env.extend(recipe.iter().map(|(name, value)| (name.clone(), value.clone())));
     // A recipe can not pretend to be a fork.
-    env.retain(|name, _| !IDENTITY_VARIABLES.contains(&name.as_str()));
+    env.retain(|name, _| {
+        !IDENTITY_VARIABLES.contains(&name.as_str()) && !expected.is_some_and(|expected| expected.owns(name))
+    });
     if let Some(identity) = identity {
         env.extend(identity.env.iter().map(|(name, value)| (name.as_str().to_owned(), value.clone())));
         let fork = &identity.fork;

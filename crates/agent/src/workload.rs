@@ -57,6 +57,19 @@ pub struct Start {
     pub user: String,
     /// Its input and output.
     pub console: Console,
+    /// A descriptor that it inherits under its number.
+    pub inherited: Option<OwnedFd>,
+    /// Where its cgroup is.
+    pub place: Among,
+}
+
+/// Among whom a process runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Among {
+    /// The workload: it is counted, limited and frozen with it.
+    Workload,
+    /// Beside the workload, while that is frozen. Whoever starts it there ends it before the thaw.
+    Hooks,
 }
 
 /// Why a process was not started.
@@ -110,6 +123,8 @@ pub struct Place {
     pub root: OwnedFd,
     /// Its cgroup.
     pub cgroup: Cgroup,
+    /// The cgroup of [`Among::Hooks`].
+    pub hooks: Cgroup,
     /// The agent's own program, opened before the workload had a say.
     pub program: OwnedFd,
 }
@@ -157,7 +172,7 @@ impl Workload {
     /// [`StartError`].
     pub fn start(&self, start: Start) -> Result<Process, StartError> {
         let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
-        if !*open {
+        if !*open && start.place == Among::Workload {
             return Err(StartError::Frozen);
         }
         let user = self.user(&start.user)?;
@@ -165,7 +180,7 @@ impl Workload {
         let group = match &self.place {
             Some(place) => Some(
                 place
-                    .cgroup
+                    .of(start.place)
                     .child(&start.group)
                     .map_err(|source| StartError::Cgroup { name: start.group.clone(), source })?,
             ),
@@ -202,6 +217,7 @@ impl Workload {
             terminal,
             workdir: CString::new(workdir).map_err(|_| StartError::Malformed("working directory"))?,
             user,
+            inherited: start.inherited.as_ref().map(AsRawFd::as_raw_fd),
         };
         // SAFETY: `Child::prepare` runs between fork and exec in a process whose other threads are gone. It only makes
         // system calls, allocates nothing and takes no lock; the descriptors it uses live until `spawn` has returned.
@@ -275,6 +291,16 @@ struct Child {
     terminal: bool,
     workdir: CString,
     user: User,
+    inherited: Option<RawFd>,
+}
+
+impl Place {
+    fn of(&self, among: Among) -> &Cgroup {
+        match among {
+            Among::Workload => &self.cgroup,
+            Among::Hooks => &self.hooks,
+        }
+    }
 }
 
 impl Child {
@@ -290,6 +316,11 @@ impl Child {
             let mounts = unsafe { BorrowedFd::borrow_raw(mounts) };
             // Root and working directory become the namespace's root.
             rustix::thread::move_into_link_name_space(mounts, Some(rustix::thread::LinkNameSpaceType::Mount))?;
+        }
+        if let Some(inherited) = self.inherited {
+            // SAFETY: as above. Only this child's copy outlives the exec.
+            let inherited = unsafe { BorrowedFd::borrow_raw(inherited) };
+            rustix::io::fcntl_setfd(inherited, rustix::io::FdFlags::empty())?;
         }
         rustix::process::setsid()?;
         if self.terminal {

@@ -1,15 +1,24 @@
 //! What can be typed. Everything that has a form is parsed here, at the door; what would put a secret into an error
 //! message (clap repeats what it refuses) is taken as text and parsed by the verb.
 
-use std::{net::IpAddr, path::PathBuf, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    str::FromStr,
+    time::Duration,
+};
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
-use host::network::Mode;
+use host::{guest::Target, network::Mode};
 use identity::{ForkName, MailboxName, Tag};
 use net::{Egress, Forward, NetName};
+use route::Suffix;
 
-use crate::values;
+use crate::{
+    remote::{Address, AddressError},
+    values,
+};
 
 /// Fork a warm sandbox: every fork wakes up as itself.
 #[derive(Debug, Parser)]
@@ -32,7 +41,8 @@ Environment:
   OFFSHOOT_DATA_DIR    templates             OFFSHOOT_CACHE_DIR   kernels and root images
   OFFSHOOT_STATE_DIR   forks                 OFFSHOOT_VMM         the program offshoot-vmm
   OFFSHOOT_ENGINE      what build uses       OFFSHOOT_NETWORK     what fork uses
-  OFFSHOOT_NETWORK_POOL  forks' addresses    NO_COLOR, CLICOLOR=0   no colour"
+  OFFSHOOT_NETWORK_POOL  forks' addresses    NO_COLOR, CLICOLOR=0   no colour
+  OFFSHOOT_HOST        a daemon (--host)     OFFSHOOT_TOKEN, OFFSHOOT_CA  its token; its root"
 )]
 pub struct Cli {
     /// Print JSON instead of text; errors too (docs/json.md has every field)
@@ -43,9 +53,42 @@ pub struct Cli {
     #[arg(short, long, global = true, help_heading = "Everywhere")]
     pub quiet: bool,
 
+    /// Which daemon
+    #[command(flatten)]
+    pub remote: Remote,
+
     /// What to do
     #[command(subcommand)]
     pub command: Command,
+}
+
+/// A daemon that does it instead.
+#[derive(Debug, Args)]
+pub struct Remote {
+    /// Have it done by a daemon: unix:///PATH, https://NAME:PORT, or on this machine http://127.0.0.1:PORT
+    #[arg(
+        long,
+        global = true,
+        value_name = "HOST",
+        env = "OFFSHOOT_HOST",
+        hide_env = true,
+        help_heading = "Everywhere"
+    )]
+    pub host: Option<String>,
+
+    /// Root certificates to trust for https:// instead of this machine's, PEM
+    #[arg(long, global = true, value_name = "FILE", env = "OFFSHOOT_CA", hide_env = true, help_heading = "Everywhere")]
+    pub ca: Option<PathBuf>,
+}
+
+impl Remote {
+    /// Where the daemon is, if one was named. An empty variable names none.
+    ///
+    /// # Errors
+    /// [`AddressError`].
+    pub fn address(&self) -> Result<Option<Address>, AddressError> {
+        self.host.as_deref().filter(|host| !host.is_empty()).map(str::parse).transpose()
+    }
 }
 
 /// The verbs.
@@ -59,7 +102,7 @@ pub enum Command {
     Rmi(Rmi),
     /// List the mailboxes of a template, which `fork --mailbox` can write to
     Mailboxes(OfTemplate),
-    /// Fork a template; each fork has its identity before any of its workload runs
+    /// Fork a template, or a fork; each has its identity before any of its workload runs
     Fork(Box<Fork>),
     /// List forks
     Ls,
@@ -75,6 +118,14 @@ pub enum Command {
     Cp(Cp),
     /// Print what the services and the runtime of a fork wrote
     Logs(Logs),
+    /// Make ports of a fork's programs ports of this machine; the fork needs no network for it
+    Forward(PortForward),
+    /// Route HTTP and WebSocket for NAME.localhost to the fork of that name, once its identity is applied
+    Route(Route),
+    /// Put forks to disk; they come back as the same forks
+    Standby(Forks),
+    /// Bring forks back from standby
+    Resume(Forks),
     /// End forks and remove what they had
     Kill(Kill),
     /// Fork a template and prove that no two forks share anything
@@ -83,6 +134,10 @@ pub enum Command {
     Bench(Bench),
     /// Keep machines of a template started, so that forks need not wait for that
     Pool(Pool),
+    /// Serve all this over HTTP, to many clients at once
+    Serve(Serve),
+    /// Who may use the daemon with what scope
+    Token(Token),
     /// Find what a crash left behind; remove it with --yes
     Cleanup(Cleanup),
     /// Wait for the network of a fork; the task comes on standard input
@@ -96,6 +151,14 @@ pub enum Command {
     Version,
 }
 
+impl Command {
+    /// Whether nobody types it.
+    #[must_use]
+    pub fn is_internal(&self) -> bool {
+        matches!(self, Self::ObserveNetwork | Self::Pool(Pool { fill: true, .. }))
+    }
+}
+
 /// `build`
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -105,12 +168,15 @@ Examples:
   offshoot build ./my-recipe --tag web --vcpus 2
   offshoot build ./rootfs.tar --tag mine        a root file system of your own")]
 pub struct Build {
-    /// A recipe by name (python, busybox), a recipe's folder, or a root file system (folder, tar, OCI layout)
+    /// A recipe by name (python, browser, busybox), a recipe's folder, or a root file system (folder, tar, OCI layout)
     #[arg(value_name = "RECIPE|DIR")]
     pub recipe: String,
     /// Name of the template; one that exists is never replaced (see rmi)
     #[arg(long, value_name = "TAG")]
     pub tag: Tag,
+    /// Refuse a template in which the audit finds secrets, connections, unseeded randomness… (else they are warnings)
+    #[arg(long)]
+    pub strict: bool,
     /// Guest memory, for example 512M or 1G [default: the recipe's]
     #[arg(long, value_name = "SIZE", value_parser = values::size)]
     pub memory: Option<u64>,
@@ -179,6 +245,7 @@ Examples:
   offshoot fork py --name worker -n 3                     worker-1, worker-2, worker-3
   offshoot fork py --env REGION=eu --secret API_KEY=env:API_KEY
   offshoot fork py --secret TLS_KEY=@key.pem --file /etc/app.toml=@app.toml:0600
+  offshoot fork --from worker-1 -n 5                      memory and disk of worker-1, which goes on
   offshoot fork web --mailbox app:config='{\"shard\":7}' --wait-ack app:config
   offshoot fork web -p 8080:80 --egress 10.0.0.0/8          or deny; forks with --net NAME share a net
 
@@ -187,8 +254,11 @@ arguments of a command. In the fork it is a file of mode 0400 under the identity
 never in its environment.")]
 pub struct Fork {
     /// The template
-    #[arg(value_name = "TAG")]
-    pub tag: Tag,
+    #[arg(value_name = "TAG", required_unless_present = "from", conflicts_with = "from")]
+    pub tag: Option<Tag>,
+    /// A fork instead of a template, running or in standby: children begin where it is
+    #[arg(long, value_name = "FORK")]
+    pub from: Option<String>,
     /// How many
     #[arg(short = 'n', long = "count", value_name = "N", default_value_t = 1, allow_negative_numbers = true)]
     pub count: usize,
@@ -313,6 +383,91 @@ pub struct Exec {
     pub command: Vec<String>,
 }
 
+/// `forward`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  offshoot forward worker-1 8080                  127.0.0.1:8080 is port 8080 of worker-1
+  offshoot forward worker-1 9000:80 0:9222        the second on any port that is free
+  offshoot forward worker-1 80 --json             says where it listens
+  offshoot forward worker-1 9000:identity         where its payload is posted: docs/services.md
+
+Connections go through the control channel to the loopback of the fork. It ends with Ctrl-C, or with the fork.")]
+pub struct PortForward {
+    /// The fork: its name, its id, or the first 6 digits or more of its id
+    #[arg(value_name = "FORK")]
+    pub fork: String,
+    /// Port of the fork, with the port here before it if that is another one; 0 is any that is free
+    #[arg(value_name = "[HERE:]PORT", required = true)]
+    pub ports: Vec<PortPair>,
+    /// Address to listen on; whoever reaches it reaches the fork's ports
+    #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
+    pub address: IpAddr,
+}
+
+/// A port here, and one of a fork.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PortPair {
+    /// Here; 0 is any that is free.
+    pub host: u16,
+    /// In the fork.
+    pub guest: Target,
+}
+
+impl FromStr for PortPair {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let any = if text == Target::IDENTITY { "0" } else { text };
+        let (host, guest) = text.split_once(':').unwrap_or((any, text));
+        let port =
+            |text: &str| text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse::<u16>().ok()).flatten();
+        match (port(host), guest.parse()) {
+            (Some(host), Ok(guest)) => Ok(Self { host, guest }),
+            _ => Err("ports are PORT or HERE:PORT, with numbers up to 65535, for example 9000:80; PORT may also be the word identity".into()),
+        }
+    }
+}
+
+/// `route`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  offshoot route --port 8000                       http://worker-1.localhost:8080 is port 8000 of worker-1,
+                                                   http://3000-worker-1.localhost:8080 its port 3000
+  offshoot route --listen 127.0.0.1:80 --suffix fork.test --hold 30
+  curl -H 'Host: worker-1.localhost' http://127.0.0.1:8080/
+
+A request for a fork that is being made, captured or in standby waits, and gets 503 with Retry-After
+if that takes longer than --hold; 404 if there is no such fork, 502 if it is dead. Forks need no
+network. docs/routing.md has every status. It ends with Ctrl-C.")]
+pub struct Route {
+    /// Where to listen
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:8080")]
+    pub listen: SocketAddr,
+    /// Listen on an address that others reach; whoever does reaches every port of every fork
+    #[arg(long)]
+    pub allow_remote: bool,
+    /// Domain below which names are those of forks; below localhost they lead here in browsers without any DNS
+    #[arg(long, value_name = "DOMAIN", default_value = "localhost")]
+    pub suffix: Suffix,
+    /// Port of a fork, unless it stands before its name: PORT-NAME.DOMAIN
+    #[arg(long, value_name = "PORT", default_value_t = 80, value_parser = clap::value_parser!(u16).range(1..))]
+    pub port: u16,
+    /// How long a request waits for a fork that does not run as itself yet; 0 is not at all
+    #[arg(long, value_name = "S", default_value = "10", value_parser = values::seconds_or_none, allow_negative_numbers = true)]
+    pub hold: Duration,
+    /// Most connections at once; those above it get 503
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub max_connections: u32,
+    /// How long requests may go on once it is asked to end
+    #[arg(long, value_name = "S", default_value = "10", value_parser = values::seconds_or_none, allow_negative_numbers = true)]
+    pub grace: Duration,
+    /// Print a line for each request
+    #[arg(long)]
+    pub log: bool,
+}
+
 /// `eval`
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -363,6 +518,21 @@ pub struct Logs {
     /// Go on with what is written from now on
     #[arg(short, long)]
     pub follow: bool,
+}
+
+/// `standby` and `resume`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  offshoot standby worker-1 worker-2       memory and processes are released, names and addresses stay
+  offshoot resume worker-1 worker-2
+
+What comes back is the same fork: its programs go on where they were, with the right time and
+fresh randomness. docs/standby.md says what they see.")]
+pub struct Forks {
+    /// The forks, by name or id
+    #[arg(value_name = "FORK", required = true)]
+    pub forks: Vec<String>,
 }
 
 /// `kill`
@@ -442,6 +612,90 @@ pub struct Cleanup {
     /// Remove what was found; without it, only say what would be removed
     #[arg(long)]
     pub yes: bool,
+}
+
+/// `serve`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  offshoot serve                                          on a unix socket, for this user and root
+  offshoot serve --listen 0.0.0.0:7443 --tls-cert c.pem --tls-key k.pem
+  curl --unix-socket /run/offshoot/api/offshoot.sock http://offshoot/v1/forks
+
+GET /docs shows every route; GET /openapi.json describes them to programs. Over TCP each request
+needs a token (`offshoot token create`). Forks live on when the daemon ends; one that starts takes
+up those that live, and removes what a crash left behind. OTEL_EXPORTER_OTLP_ENDPOINT names
+who gets traces.")]
+pub struct Serve {
+    /// The unix socket [default: api/offshoot.sock in the state directory]
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Permission bits of the socket, octal; 0660 lets its group in
+    #[arg(long, value_name = "MODE", default_value = "0600", value_parser = values::mode)]
+    pub socket_mode: u32,
+    /// What users who reach the socket may do, other than this one and root: read, fork or admin
+    #[arg(long, value_name = "SCOPE", default_value = "fork")]
+    pub socket_scope: api::Scope,
+    /// TCP address to listen on besides; other than on loopback it needs --tls-cert and --tls-key
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub listen: Option<SocketAddr>,
+    /// Certificate chain, PEM
+    #[arg(long, value_name = "FILE", requires_all = ["tls_key", "listen"])]
+    pub tls_cert: Option<PathBuf>,
+    /// Key of the certificate, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// Requests per second that one token may make; twice as many may come at once
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub rate: u32,
+    /// Folder of recipes that clients may build, each in a folder of its own name
+    #[arg(long, value_name = "DIR")]
+    pub recipes: Option<PathBuf>,
+    /// How long requests may go on once the daemon is asked to end
+    #[arg(long, value_name = "S", default_value = "30", value_parser = values::seconds)]
+    pub grace: Duration,
+}
+
+/// `token`
+#[derive(Debug, Args)]
+pub struct Token {
+    /// What to do
+    #[command(subcommand)]
+    pub verb: TokenVerb,
+}
+
+/// What to do with tokens.
+#[derive(Debug, Subcommand)]
+pub enum TokenVerb {
+    /// Make a token; it is shown this once
+    #[command(after_help = "Example:\n  offshoot token create ci --scope fork --expires 30d")]
+    Create(TokenCreate),
+    /// List tokens
+    Ls,
+    /// Remove a token; it ends at once
+    Rm(TokenRm),
+}
+
+/// `token create`
+#[derive(Debug, Args)]
+pub struct TokenCreate {
+    /// What it is for
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// What it allows; each includes those before it: read, fork, admin
+    #[arg(long, value_name = "SCOPE", default_value = "fork")]
+    pub scope: api::Scope,
+    /// How long it is good for, for example 12h or 30d [default: until it is removed]
+    #[arg(long, value_name = "TIME", value_parser = values::life)]
+    pub expires: Option<Duration>,
+}
+
+/// `token rm`
+#[derive(Debug, Args)]
+pub struct TokenRm {
+    /// Its id, as `token ls` shows it
+    #[arg(value_name = "ID")]
+    pub id: String,
 }
 
 /// `completions`

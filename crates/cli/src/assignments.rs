@@ -14,7 +14,7 @@ use std::{
 use identity::{EnvName, MailboxName, NameError, Secret, SecretName};
 use thiserror::Error;
 
-use crate::error::{Coded, USAGE};
+use crate::error::Coded;
 
 /// Most bytes of one file: all of a fork's documents together take less.
 const MAX_FILE: u64 = 1 << 20;
@@ -137,8 +137,8 @@ impl Coded for AssignmentError {
         }
     }
 
-    fn exit(&self) -> u8 {
-        USAGE
+    fn is_usage(&self) -> bool {
+        true
     }
 }
 
@@ -316,7 +316,7 @@ mod tests {
 
     fn refused<T: std::fmt::Debug>(result: Result<T, AssignmentError>) -> (&'static str, String) {
         let error = result.unwrap_err();
-        assert_eq!(error.exit(), USAGE);
+        assert!(error.is_usage());
         (error.code(), format!("{error} {error:?}"))
     }
 

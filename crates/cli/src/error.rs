@@ -12,10 +12,9 @@
 //! | 128 + signal | a signal ended it |
 //! | 141 | the reader of standard output went away |
 
-pub mod codes;
+use std::{borrow::Cow, error::Error, io::Write};
 
-use std::{error::Error, io::Write};
-
+pub use host::codes::Coded;
 use serde::Serialize;
 
 use crate::output::{PrintError, clean, style::Style};
@@ -31,30 +30,20 @@ pub const EXEC_FAILED: u8 = 125;
 /// 128 + SIGPIPE: what a shell shows for a program that nobody reads.
 const READER_LEFT: u8 = 141;
 
-/// An error with a code that programs can rely on.
-pub trait Coded: Error + Send + Sync + 'static {
-    /// Snake case; stable.
-    fn code(&self) -> &'static str;
-
-    /// The exit code.
-    fn exit(&self) -> u8 {
-        FAILED
-    }
-
-    /// What to do next, where the message does not say it.
-    fn next(&self) -> Option<String> {
-        None
-    }
-}
-
 /// Why a verb failed.
 #[derive(Debug)]
 pub struct Failure {
-    code: &'static str,
+    code: Cow<'static, str>,
     exit: u8,
     next: Option<String>,
     messages: Vec<String>,
     silent: bool,
+}
+
+impl Coded for PrintError {
+    fn code(&self) -> &'static str {
+        "output_failed"
+    }
 }
 
 #[derive(Serialize)]
@@ -75,8 +64,12 @@ impl<E: Coded> From<E> for Failure {
     fn from(error: E) -> Self {
         let silent = (&error as &(dyn Error + 'static)).downcast_ref().is_some_and(PrintError::reader_left);
         Self {
-            code: error.code(),
-            exit: if silent { READER_LEFT } else { error.exit() },
+            code: error.code().into(),
+            exit: match (silent, error.is_usage()) {
+                (true, _) => READER_LEFT,
+                (false, true) => USAGE,
+                (false, false) => FAILED,
+            },
             next: error.next(),
             messages: chain(&error),
             silent,
@@ -87,8 +80,14 @@ impl<E: Coded> From<E> for Failure {
 impl Failure {
     /// With a message of the command line's own.
     #[must_use]
-    pub fn new(code: &'static str, message: impl Into<String>) -> Self {
-        Self { code, exit: FAILED, next: None, messages: vec![clean::text(&message.into())], silent: false }
+    pub fn new(code: impl Into<Cow<'static, str>>, message: impl Into<String>) -> Self {
+        Self {
+            code: code.into(),
+            exit: FAILED,
+            next: None,
+            messages: vec![clean::text(&message.into())],
+            silent: false,
+        }
     }
 
     /// Wrong usage, found only after the arguments were parsed.
@@ -107,13 +106,19 @@ impl Failure {
     /// From an error that has no code of its own.
     #[must_use]
     pub fn of(code: &'static str, error: &(dyn Error + 'static)) -> Self {
-        Self { code, exit: FAILED, next: None, messages: chain(error), silent: false }
+        Self { code: code.into(), exit: FAILED, next: None, messages: chain(error), silent: false }
     }
 
     /// With another exit code; a reader that went away keeps its own.
     #[must_use]
     pub fn with_exit(self, exit: u8) -> Self {
         if self.silent { self } else { Self { exit, ..self } }
+    }
+
+    /// With another code.
+    #[must_use]
+    pub fn with_code(self, code: &'static str) -> Self {
+        Self { code: code.into(), ..self }
     }
 
     /// With what to do next.
@@ -137,8 +142,8 @@ impl Failure {
 
     /// The typed code.
     #[must_use]
-    pub fn code(&self) -> &'static str {
-        self.code
+    pub fn code(&self) -> &str {
+        &self.code
     }
 
     /// The message and its causes on one line.
@@ -165,7 +170,7 @@ impl Failure {
 
     fn body(&self) -> Body<'_> {
         let (message, causes) = self.messages.split_first().map_or(("failed", &[][..]), |(first, rest)| (first, rest));
-        Body { code: self.code, message, causes, next: self.next.as_deref() }
+        Body { code: &self.code, message, causes, next: self.next.as_deref() }
     }
 
     fn to_json(&self) -> String {

@@ -6,6 +6,7 @@ mod assignments;
 mod commands;
 mod error;
 mod output;
+mod remote;
 mod signals;
 mod terminal;
 mod usage;
@@ -24,7 +25,7 @@ fn main() -> ExitCode {
         Err(error) => return usage::report(&error, env::args_os().skip(1)),
     };
     let output = Output::new(cli.json, cli.quiet);
-    match commands::run(cli.command, &output) {
+    match commands::run(cli.command, &cli.remote, &output) {
         Ok(code) => ExitCode::from(code),
         Err(failure) => {
             failure.report(cli.json, Style::of(io::stderr().is_terminal()));

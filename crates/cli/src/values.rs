@@ -50,6 +50,43 @@ pub fn seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// The same, where 0 is no time at all.
+///
+/// # Errors
+/// The rule, for people.
+pub fn seconds_or_none(text: &str) -> Result<Duration, String> {
+    if text == "0" {
+        return Ok(Duration::ZERO);
+    }
+    if text.starts_with('-') {
+        return Err("a time can not be negative".into());
+    }
+    seconds(text)
+}
+
+/// Permission bits: octal digits.
+///
+/// # Errors
+/// The rule, for people.
+pub fn mode(text: &str) -> Result<u32, String> {
+    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777 && text.len() <= 4);
+    mode.ok_or_else(|| format!("{text:?} are no permission bits in octal digits, for example 0660"))
+}
+
+/// How long something is good for: a number with s, m, h or d.
+///
+/// # Errors
+/// The rule, for people.
+pub fn life(text: &str) -> Result<Duration, String> {
+    let units = [("s", 1), ("m", 60), ("h", 3600), ("d", 24 * 3600)];
+    let parsed =
+        units.iter().find_map(|(unit, seconds)| text.strip_suffix(unit)?.parse::<u64>().ok()?.checked_mul(*seconds));
+    let seconds = parsed.filter(|seconds| (1..=10 * MAX_SECONDS).contains(seconds));
+    seconds
+        .map(Duration::from_secs)
+        .ok_or_else(|| format!("{text:?} is no time of 1 s to ten years, for example 12h or 30d"))
+}
+
 /// A number from 1.
 ///
 /// # Errors
@@ -147,6 +184,11 @@ mod tests {
     #[test]
     fn a_timeout_is_positive_and_finite() {
         assert_eq!(seconds("2.5").unwrap(), Duration::from_millis(2500));
+        assert_eq!(seconds_or_none("0"), Ok(Duration::ZERO));
+        assert_eq!(seconds_or_none("0.5"), Ok(Duration::from_millis(500)));
+        for bad in ["", "-1", "x", "1e9"] {
+            assert!(seconds_or_none(bad).is_err(), "{bad:?}");
+        }
         for bad in ["", "0", "0.0", "-1", "-0.5", "nan", "inf", "1e9", "99999999999999999999", "40000000"] {
             assert!(seconds(bad).is_err(), "{bad:?}");
         }

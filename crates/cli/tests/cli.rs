@@ -20,7 +20,8 @@ impl Place {
 
     fn command(&self, line: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_offshoot"));
-        for (variable, dir) in [("DATA", "data"), ("STATE", "state"), ("CACHE", "cache")] {
+        // The network's too: what another home left on this machine is nothing to these tests.
+        for (variable, dir) in [("DATA", "data"), ("STATE", "state"), ("CACHE", "cache"), ("NETWORK", "network")] {
             command.env(format!("OFFSHOOT_{variable}_DIR"), self.0.path().join(dir));
         }
         command.args(line);

@@ -6,12 +6,20 @@
 //! Engine::restore ─► PausedVm ─deliver(identity, …)─► SealedVm ─resume─► RunningVm
 //! ```
 //!
+//! A fork that runs can be captured, and goes on afterwards:
+//!
+//! ```text
+//! Engine::hold ─► HeldVm ─stop─► StoppedVm (capture) ─deliver(continue)─► SealedSource ─go_on─► HeldVm
+//! ```
+//!
 //! A machine that was [prepared](Engine::prepare) ahead of time, a [`SpareVm`], comes in by [`Engine::adopt`] as a [`PausedVm`].
 //!
-//! Only a [`SealedVm`] can run, and only delivering an identity makes one; a machine that runs can not be patched.
+//! Only a [`SealedVm`] can run, and only delivering an identity makes one; a machine that runs can not be patched. The one exception is
+//! [`SpareVm::rehearse`]: a spare may run for a [`Rehearsal`], by which no workload runs, and is stopped again before anybody has it.
 //! A [`PausedVm`] or [`SealedVm`] that is dropped takes its process with it.
 
 mod ack_stream;
+mod fork_memory;
 pub mod kvm;
 mod kvm_state;
 mod machine_dir;
@@ -25,8 +33,13 @@ pub use ack_stream::AckStream;
 pub use kvm_state::{KvmState, obstacle};
 pub use machine_dir::{CONSOLE, CONTROL_CHANNELS, LOG, MONITOR_SOCKET};
 pub use process::ProcessRef;
-pub use spec::{Accel, BootSpec, Capabilities, Confinement, EngineInfo, EngineName, Machine, NetworkEnd, RestoreSpec};
-pub use vm::{BootedVm, DeliverError, Letter, PausedVm, RunningVm, SealedVm, SpareVm};
+pub use spec::{
+    Accel, BootSpec, Capabilities, Confinement, EngineInfo, EngineName, HoldSpec, Machine, NetworkEnd, RestoreSpec,
+};
+pub use vm::{
+    BootedVm, CaptureFiles, DeliverError, HeldVm, Letter, PausedVm, Rehearsal, RehearseError, RunningVm, SealedSource,
+    SealedVm, SpareVm, StoppedVm,
+};
 
 use std::{
     io,
@@ -100,6 +113,9 @@ pub enum EngineError {
         /// Its reason.
         reason: String,
     },
+    /// What a captured fork had for itself can not be put above its template.
+    #[error(transparent)]
+    Delta(#[from] memory::DeltaError),
     /// Talking to the machine's process failed.
     #[error("the connection to the machine's process failed while {during}")]
     Control {
@@ -147,6 +163,12 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// [`EngineError`]; the machine may still be there, and must be ended by the caller.
     fn adopt(&self, spec: &RestoreSpec<'_>, process: &ProcessRef) -> Result<PausedVm, EngineError>;
+
+    /// Takes hold of a fork that some process started, to capture it.
+    ///
+    /// # Errors
+    /// [`EngineError`]; the fork goes on as it was.
+    fn hold(&self, spec: &HoldSpec<'_>, process: &ProcessRef) -> Result<HeldVm, EngineError>;
 
     /// The pages that a fork has copied for itself so far, as contents of the file that later forks of the template can be
     /// [given](RestoreSpec::pages_file), so that they have these pages before they run. `None` if the engine has no use for it.

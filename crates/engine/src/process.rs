@@ -3,6 +3,8 @@
 use std::{
     fs, io,
     os::fd::OwnedFd,
+    process::Child,
+    sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -77,6 +79,22 @@ impl ProcessRef {
     }
 }
 
+/// Children that live on without anybody who waits for them.
+static LEFT: Mutex<Vec<Child>> = Mutex::new(Vec::new());
+
+/// Lets a child live on. In a program that ends soon, whoever comes next is its parent; one that stays calls [`reap`] now and then.
+pub fn leave(child: Child) {
+    LEFT.lock().unwrap_or_else(PoisonError::into_inner).push(child);
+}
+
+/// Takes those of the [left](leave) children off the system's list that have ended; how many they were. It does not wait.
+pub fn reap() -> usize {
+    let mut left = LEFT.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = left.len();
+    left.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+    before - left.len()
+}
+
 /// Waits until the process behind a pidfd has ended; false when `limit` passed first.
 ///
 /// # Errors
@@ -121,6 +139,18 @@ mod tests {
     use std::process::Command;
 
     use super::*;
+
+    #[test]
+    fn o2_a_child_that_was_left_is_no_zombie_for_ever() {
+        let child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let process = ProcessRef::of(child.id()).unwrap();
+        leave(child);
+        assert_eq!((reap(), process.is_alive()), (0, true));
+        process.kill(Duration::from_secs(10)).unwrap();
+        let of_it = || fs::read_to_string(format!("/proc/{}/stat", process.pid)).is_ok();
+        assert!(of_it(), "its end is not told yet");
+        assert_eq!((reap(), of_it()), (1, false));
+    }
 
     #[test]
     fn o2_a_reused_pid_is_another_process() {

@@ -67,10 +67,10 @@ pub struct Capabilities {
     pub patch_memory: bool,
     /// The memory of forks is shared copy-on-write with their template.
     pub copy_on_write: bool,
-    /// It can capture a running fork as a template.
-    pub branch: bool,
     /// It opens a template's memory file for reading only. Where not, it keeps a writable descriptor it does not need.
     pub read_only_template: bool,
+    /// Its spare machines can [rehearse](crate::SpareVm::rehearse).
+    pub rehearse: bool,
 }
 
 /// The part of a machine that a template and its forks must have in common.
@@ -126,6 +126,17 @@ pub struct BootSpec<'a> {
     pub confinement: Confinement<'a>,
 }
 
+/// A fork to take hold of.
+#[derive(Debug)]
+pub struct HoldSpec<'a> {
+    /// The machine's own directory.
+    pub dir: &'a Path,
+    /// Memory and CPUs, as the template has them.
+    pub machine: Machine,
+    /// The template's memory, of which the fork has a private mapping.
+    pub memory_file: &'a Path,
+}
+
 /// How to restore a fork.
 #[derive(Debug)]
 pub struct RestoreSpec<'a> {
@@ -137,8 +148,11 @@ pub struct RestoreSpec<'a> {
     pub root_image: &'a Path,
     /// The template's memory; mapped privately.
     pub memory_file: &'a Path,
-    /// The template's device state.
+    /// The device state: the template's, or that of a captured fork.
     pub state_file: &'a Path,
+    /// The pages that a captured fork had for itself, to be put above the template's memory, and the template's id, which the
+    /// file must name. `None` for a fork of the template.
+    pub delta: Option<(&'a Path, &'a str)>,
     /// What [`Engine::pages_to_have_ready`](crate::Engine::pages_to_have_ready) said of an earlier fork of the template, if
     /// such a file is there.
     pub pages_file: Option<&'a Path>,

@@ -234,6 +234,11 @@ impl Waiter {
 
     fn take_line(&mut self, line: &[u8]) -> Result<(), AckWaitError> {
         let Some(ack) = self.check(line) else { return Ok(()) };
+        // It is no fork's.
+        if ack.stage == Stage::Rehearsed {
+            self.rejected += 1;
+            return Ok(());
+        }
         if ack.stage == Stage::Failed {
             return Err(AckWaitError::Failed { mailbox: ack.mailbox, reason: reason(ack.reason) });
         }
@@ -248,7 +253,7 @@ impl Waiter {
 }
 
 /// The guest's reason, cleaned for a terminal.
-fn reason(given: Option<String>) -> String {
+pub(crate) fn reason(given: Option<String>) -> String {
     let given = given.unwrap_or_else(|| "no reason given".into());
     given.chars().map(|character| if character.is_control() { ' ' } else { character }).collect()
 }

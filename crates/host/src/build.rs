@@ -14,6 +14,7 @@ use store::{Building, Manifest, Store, StoreError};
 use thiserror::Error;
 
 use crate::{
+    audit::{Findings, FindingsError},
     confine,
     engines::{self, ChoiceError, Forced},
     fault,
@@ -30,7 +31,7 @@ const BOOT_LIMIT: Duration = Duration::from_secs(180);
 /// Time for the agent to freeze the workload and arm its mailboxes.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(60);
 /// What the agent writes to the ack port once it waits for its identity and nothing else is left to do in the guest.
-const ARMED: &[u8] = b"offshoot-armed\n";
+pub(crate) const ARMED: &[u8] = b"offshoot-armed\n";
 
 /// What to build.
 #[derive(Debug, Clone)]
@@ -47,6 +48,8 @@ pub struct BuildRequest {
     pub kernel: Option<PathBuf>,
     /// Engine and acceleration, instead of what probes find.
     pub forced: Forced,
+    /// Whether a finding of the audit is an error.
+    pub strict: bool,
 }
 
 /// Why a template was not built. Nothing of it is left.
@@ -102,6 +105,19 @@ pub enum BuildError {
         /// The end of the guest's console.
         console: String,
     },
+    /// It is wanted without findings, and has some.
+    #[error("the audit of the template has {count} {}; nothing of it is left", if *count == 1 { "finding" } else { "findings" })]
+    NotClean {
+        /// How many.
+        count: usize,
+        /// What they are.
+        source: Box<FindingsError>,
+    },
+    /// It is wanted without findings, and nobody has looked.
+    #[error(
+        "the agent of the template does not audit it: it is older than this program, or does not freeze its workload"
+    )]
+    NotAudited,
     /// The agent did not arm.
     #[error("the agent did not come to rest after the freeze{}", console_text(console))]
     NotArmed {
@@ -150,7 +166,14 @@ pub fn build(
 
     let run = building.dir().join("run");
     fs::create_dir(&run).map_err(file("making the machine's directory"))?;
-    let attempt = Attempt { run: &run, building: &building, engine: engine.as_ref(), machine, recipe: &recipe };
+    let attempt = Attempt {
+        run: &run,
+        building: &building,
+        engine: engine.as_ref(),
+        machine,
+        recipe: &recipe,
+        strict: request.strict,
+    };
     let captured = attempt.boot_and_capture(&kernel.image, &initramfs, progress)?;
     fault::point("build.captured", None).map_err(file("the capture"))?;
 
@@ -173,10 +196,14 @@ pub fn build(
         mailboxes: scan.mailboxes,
         ambiguous: scan.ambiguous,
         probes: recipe.probes.clone(),
+        allow_env: recipe.allow_env.clone(),
         facts: captured.facts,
         warnings: captured.warnings,
+        findings: captured.findings.list,
+        findings_left_out: captured.findings.left_out,
         frozen_monotonic_ns: captured.frozen_monotonic_ns,
         frozen_wall_ns: captured.frozen_wall_ns,
+        rehearses: captured.rehearses,
         build_millis: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
         group: confine::of_template(&template_id),
         memory_writable: !engine.capabilities().read_only_template,
@@ -202,14 +229,17 @@ struct Attempt<'a> {
     engine: &'a dyn Engine,
     machine: Machine,
     recipe: &'a Recipe,
+    strict: bool,
 }
 
 struct Captured {
     expected: Vec<ExpectedMailbox>,
     facts: std::collections::BTreeMap<String, String>,
     warnings: Vec<String>,
+    findings: Findings,
     frozen_monotonic_ns: u64,
     frozen_wall_ns: u64,
+    rehearses: bool,
 }
 
 impl Attempt<'_> {
@@ -245,7 +275,9 @@ impl Attempt<'_> {
         // The port is closed while the guest can still take note of it: forks then begin with it closed.
         drop(channel);
         drop(runtime);
-        self.wait_armed(vm.ack_stream())?;
+        if !wait_armed(vm.ack_stream()) {
+            return Err(BuildError::NotArmed { console: self.console() });
+        }
         fault::point("build.quiesced", Some(vm.process())).map_err(file("quiescing"))?;
 
         progress(Progress::step("capturing memory and devices"));
@@ -273,38 +305,22 @@ impl Attempt<'_> {
             facts.insert(name.clone(), value);
         }
         progress(Progress::step("freezing"));
-        let reply = channel.quiesce(QUIESCE_LIMIT).await.map_err(failed("freezing"))?;
+        let reply = channel.quiesce(None, QUIESCE_LIMIT).await.map_err(failed("freezing"))?;
+        let findings = Findings::of(&reply);
+        if self.strict {
+            check_strictly(&findings, reply.audited)?;
+        }
         let expected = reply.mailboxes.iter().map(expected).collect::<Result<_, GuestError>>();
         let captured = Captured {
             expected: expected.map_err(failed("listing its mailboxes"))?,
             facts,
-            warnings: reply.warnings.iter().take(100).map(|text| text.chars().take(500).collect()).collect(),
+            warnings: warnings(&reply, &findings),
+            findings,
             frozen_monotonic_ns: reply.frozen_monotonic_ns,
             frozen_wall_ns: reply.frozen_wall_ns,
+            rehearses: reply.can_rehearse,
         };
         Ok((captured, channel))
-    }
-
-    /// Waits for the line with which the keeper says that it now only waits for its identity.
-    fn wait_armed(&self, stream: &AckStream) -> Result<(), BuildError> {
-        let armed = |stream: &AckStream| -> io::Result<bool> {
-            let mut seen = Vec::new();
-            let mut byte = [0];
-            while seen.len() < 1 << 16 {
-                if stream.read(&mut byte, QUIESCE_LIMIT)? == 0 {
-                    return Ok(false);
-                }
-                seen.push(byte[0]);
-                if seen.ends_with(ARMED) {
-                    return Ok(true);
-                }
-            }
-            Ok(false)
-        };
-        match armed(stream) {
-            Ok(true) => Ok(()),
-            _ => Err(BuildError::NotArmed { console: self.console() }),
-        }
     }
 
     fn engine_error(&self, source: EngineError) -> BuildError {
@@ -328,7 +344,41 @@ impl Attempt<'_> {
     }
 }
 
-fn expected(planted: &proto::PlantedMailbox) -> Result<ExpectedMailbox, GuestError> {
+/// What was noticed, as text: who reads only that, reads of the findings too.
+fn warnings(reply: &proto::QuiesceReply, findings: &Findings) -> Vec<String> {
+    let noticed = reply.warnings.iter().take(100).map(|text| text.chars().take(500).collect());
+    noticed.chain(findings.list.iter().map(ToString::to_string)).collect()
+}
+
+fn check_strictly(findings: &Findings, audited: bool) -> Result<(), BuildError> {
+    match FindingsError::of(findings) {
+        Some(source) => Err(BuildError::NotClean { count: findings.count(), source }),
+        None if audited => Ok(()),
+        None => Err(BuildError::NotAudited),
+    }
+}
+
+/// Waits for the line with which the keeper says that it now only waits for its identity; false if it does not come.
+pub(crate) fn wait_armed(stream: &AckStream) -> bool {
+    let armed = |stream: &AckStream| -> io::Result<bool> {
+        let mut seen = Vec::new();
+        let mut byte = [0];
+        while seen.len() < 1 << 16 {
+            if stream.read(&mut byte, QUIESCE_LIMIT)? == 0 {
+                return Ok(false);
+            }
+            seen.push(byte[0]);
+            if seen.ends_with(ARMED) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    };
+    armed(stream).unwrap_or(false)
+}
+
+/// A mailbox that the agent listed.
+pub(crate) fn expected(planted: &proto::PlantedMailbox) -> Result<ExpectedMailbox, GuestError> {
     let refused = |what: &str| GuestError::Refused(format!("it listed a mailbox with a bad {what}"));
     Ok(ExpectedMailbox {
         name: MailboxName::parse(&planted.name).map_err(|_| refused("name"))?,

@@ -17,8 +17,11 @@ use store::Store;
 use crate::{
     forks,
     home::Home,
-    limits, machines, network, pages,
+    limits, machines, network, operation, pages,
     record::{self, Entry},
+    snapshot,
+    source::SourceError,
+    standby,
 };
 
 /// Something that can be removed.
@@ -37,6 +40,10 @@ pub struct Leftover {
 enum Action {
     /// A dead fork, by its record.
     DeadFork(ForkId),
+    /// A fork that somebody began something with.
+    Interrupted(ForkId),
+    /// What a fork was captured as, and nobody wants.
+    Snapshot,
     /// A half-made fork: end the processes that hold its directory, then remove it.
     HalfMade { id: ForkId, processes: Vec<ProcessRef> },
     /// A name that points to no fork.
@@ -74,7 +81,16 @@ pub fn plan(home: &Home, store: &Store) -> io::Result<Plan> {
     let groups = limits::all();
     for entry in record::entries(home)? {
         match entry {
-            Entry::Fork(record) if record.is_alive() => known.push(record.id),
+            Entry::Fork(record) if standby::is_interrupted(home, &record) => {
+                known.push(record.id.clone());
+                plan.leftovers.push(Leftover {
+                    what: format!("fork {} ({}), which is then brought back", record.name, record.id),
+                    reason: "who put it into standby, resumed or forked it ended before that was done".into(),
+                    path: forks::dir(home, &record),
+                    action: Action::Interrupted(record.id),
+                });
+            }
+            Entry::Fork(record) if !record.is_dead() => known.push(record.id),
             Entry::Fork(record) => {
                 known.push(record.id.clone());
                 plan.leftovers.push(Leftover {
@@ -149,6 +165,19 @@ pub fn plan(home: &Home, store: &Store) -> io::Result<Plan> {
         }
     }
     plan.leftovers.extend(links(home, &known)?);
+    let is_wanted = |id: &ForkId| match record::read(&home.forks().join(id.as_str())) {
+        // Its own operation removes it.
+        Ok(record) => record.standby.is_some() || operation::is_under_way(&forks::dir(home, &record)),
+        Err(_) => false,
+    };
+    for path in snapshot::leftovers(home, is_wanted)? {
+        plan.leftovers.push(Leftover {
+            what: "what a fork was captured as".into(),
+            reason: "it was never finished, or there is no such fork".into(),
+            path,
+            action: Action::Snapshot,
+        });
+    }
     for path in pages::leftovers(home, store)? {
         plan.leftovers.push(Leftover {
             what: "list of pages that forks need first".into(),
@@ -177,10 +206,23 @@ pub fn carry_out(home: &Home, leftover: &Leftover) -> io::Result<()> {
         Action::DeadFork(id) => {
             // Read again: only what is dead now goes.
             match record::find(home, id.as_str())? {
-                Some(record) if !record.is_alive() => forks::kill(home, &record).map_err(io::Error::other),
+                Some(record) if record.is_dead() => forks::kill(home, &record).map_err(io::Error::other),
                 _ => Ok(()),
             }
         }
+        Action::Interrupted(id) => match record::find(home, id.as_str())? {
+            Some(record) => Store::open(&home.data)
+                .map_err(SourceError::from)
+                .and_then(|store| standby::settle(home, &store, &record))
+                .map(drop)
+                .map_err(io::Error::other),
+            None => Ok(()),
+        },
+        Action::Snapshot => match fs::remove_dir_all(&leftover.path) {
+            // Bringing its fork back removed it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed,
+        },
         Action::HalfMade { id, processes } => {
             for process in processes {
                 process.kill(Duration::from_secs(20))?;

@@ -1,7 +1,8 @@
 //! The ends of steps: where an operation that was asked to [stop](crate::stop) does, and where a test makes it fail or die.
 //!
 //! The latter only in builds with the feature `fault-points`: `OFFSHOOT_FAULT=fork.started:kill` kills this process with
-//! SIGKILL when it gets there; `:error` makes the step fail; `:kill-engine` kills the machine's process (where there is one).
+//! SIGKILL when it gets there; `:stop` stops it there until somebody continues it; `:error` makes the step fail; `:kill-engine` kills the machine's
+//! process (where there is one).
 
 use std::io;
 
@@ -25,6 +26,9 @@ fn injected(step: &str, engine: Option<&engine::ProcessRef>) -> io::Result<()> {
         "error" => return Err(io::Error::other(format!("fault injected after {step}"))),
         "kill" => {
             let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+        }
+        "stop" => {
+            let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP);
         }
         "kill-engine" => {
             if let Some(engine) = engine {

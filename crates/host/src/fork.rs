@@ -35,6 +35,8 @@ use crate::{
     pages, pool,
     record::{ForkRecord, NewFork, StepTime},
     request::{Addressed, ForkRequest, RequestError},
+    snapshot::Snapshot,
+    source::SourceError,
 };
 
 /// Time for a spare machine to be gone once it is killed.
@@ -95,6 +97,9 @@ pub enum ForkError {
     /// A made-up name is not valid.
     #[error(transparent)]
     Name(#[from] NameError),
+    /// The fork that was to be forked could not be captured. Unless it says so, it runs on.
+    #[error(transparent)]
+    Source(Box<SourceError>),
 }
 
 /// Makes the forks that `request` asks for; one result per fork, in order. A fork that fails does not undo the others.
@@ -107,39 +112,61 @@ pub fn fork(
     template: &Template,
     request: &ForkRequest,
 ) -> Result<Vec<Result<ForkRecord, ForkError>>, ForkError> {
-    let manifest = template.manifest();
-    if !engine.capabilities().patch_memory {
-        return Err(ForkError::NotSupported { engine: engine.info().name });
-    }
-    check_compatible(engine, template)?;
-    let letters = request.check(manifest)?;
-    let identity =
-        manifest.mailboxes.iter().find(|mailbox| mailbox.name.as_str() == MailboxName::IDENTITY).ok_or_else(|| {
-            ForkError::Incompatible { tag: manifest.tag.clone(), reason: "it has no identity mailbox".into() }
-        })?;
-    let connection = Connection::of(home, manifest, &request.network, request.count)?;
-    let plan = Plan { home, engine, template, request, identity, letters, connection };
-    plan.identity_handoff().check_size(plan.largest_section()?)?;
+    fork_each(home, engine, template, std::slice::from_ref(request)).map_err(|(_, error)| error)
+}
+
+/// Makes the forks of several requests at once: all that the first asks for, then all of the second, and so on.
+///
+/// # Errors
+/// The number of the first request (from 0) with which something is wrong, and what: no work was begun then.
+pub fn fork_each(
+    home: &Home,
+    engine: &dyn Engine,
+    template: &Template,
+    requests: &[ForkRequest],
+) -> Result<Vec<Result<ForkRecord, ForkError>>, (usize, ForkError)> {
+    let origin = Origin { template, manifest: template.manifest(), snapshot: None };
+    fork_all(home, engine, origin, requests)
+}
+
+/// What forks are made of.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Origin<'a> {
+    pub(crate) template: &'a Template,
+    /// The template's, with the mailboxes of what the forks are made of.
+    pub(crate) manifest: &'a Manifest,
+    /// A fork that was captured.
+    pub(crate) snapshot: Option<&'a Snapshot>,
+}
+
+pub(crate) fn fork_all(
+    home: &Home,
+    engine: &dyn Engine,
+    origin: Origin<'_>,
+    requests: &[ForkRequest],
+) -> Result<Vec<Result<ForkRecord, ForkError>>, (usize, ForkError)> {
+    let plan = |(number, request)| Plan::of(home, engine, origin, request).map_err(|error| (number, error));
+    let plans: Vec<Plan<'_>> = requests.iter().enumerate().map(plan).collect::<Result<_, _>>()?;
+    let each: Vec<(&Plan<'_>, usize)> =
+        plans.iter().flat_map(|plan| (0..plan.request.count).map(move |index| (plan, index))).collect();
 
     // More at once than CPUs, because a start waits for the disk now and then; many more only slow each other down.
-    let workers = thread::available_parallelism().map_or(2, NonZero::get).saturating_mul(2).min(request.count);
+    let workers = thread::available_parallelism().map_or(2, NonZero::get).saturating_mul(2).min(each.len());
     let next = AtomicUsize::new(0);
     let mut results: Vec<(usize, Result<ForkRecord, ForkError>)> = thread::scope(|scope| {
         let work = || {
             let mut done = Vec::new();
             loop {
-                let index = next.fetch_add(1, Ordering::Relaxed);
-                if index >= request.count {
-                    return done;
-                }
-                done.push((index, plan.fork_one(index)));
+                let number = next.fetch_add(1, Ordering::Relaxed);
+                let Some((plan, index)) = each.get(number) else { return done };
+                done.push((number, plan.fork_one(*index)));
             }
         };
         let handles: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
         #[allow(clippy::expect_used)]
         handles.into_iter().flat_map(|handle| handle.join().expect("a fork's thread does not panic")).collect()
     });
-    results.sort_by_key(|(index, _)| *index);
+    results.sort_by_key(|(number, _)| *number);
     Ok(results.into_iter().map(|(_, result)| result).collect())
 }
 
@@ -153,6 +180,19 @@ fn check_compatible(engine: &dyn Engine, template: &Template) -> Result<(), Fork
         made.name, made.version, made.accel, ours.name, ours.version, ours.accel
     );
     Err(ForkError::Incompatible { tag: template.manifest().tag.clone(), reason })
+}
+
+impl From<SourceError> for ForkError {
+    fn from(error: SourceError) -> Self {
+        Self::Source(Box::new(error))
+    }
+}
+
+/// Refuses what can be refused before it is known which mailboxes there are.
+pub(crate) fn check_early(home: &Home, template: &Template, request: &ForkRequest) -> Result<(), ForkError> {
+    request.check_form()?;
+    Connection::of(home, template.manifest(), &request.network, request.count)?;
+    Ok(())
 }
 
 /// What forks are connected to.
@@ -218,7 +258,7 @@ impl Connection {
 struct Plan<'a> {
     home: &'a Home,
     engine: &'a dyn Engine,
-    template: &'a Template,
+    origin: Origin<'a>,
     request: &'a ForkRequest,
     identity: &'a Mailbox,
     letters: Vec<Addressed<'a>>,
@@ -226,7 +266,7 @@ struct Plan<'a> {
 }
 
 /// A machine that runs and whose acks are still awaited: killed on drop.
-struct Running(Option<RunningVm>);
+pub(crate) struct Running(pub(crate) Option<RunningVm>);
 
 impl Drop for Running {
     fn drop(&mut self) {
@@ -255,26 +295,50 @@ impl Drop for Ending<'_> {
 }
 
 /// Notes what each step took.
-struct Stopwatch {
+#[derive(Debug)]
+pub(crate) struct Stopwatch {
     start: Instant,
     last: Instant,
-    steps: Vec<StepTime>,
+    pub(crate) steps: Vec<StepTime>,
 }
 
 impl Stopwatch {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let now = Instant::now();
         Self { start: now, last: now, steps: Vec::new() }
     }
 
-    fn step(&mut self, step: &str) {
+    pub(crate) fn step(&mut self, step: &str) {
         let now = Instant::now();
         self.steps.push(StepTime { step: step.into(), outcome: String::new(), micros: micros(now - self.last) });
         self.last = now;
     }
 }
 
-impl Plan<'_> {
+impl<'a> Plan<'a> {
+    /// Everything that can be refused before any work is refused here.
+    fn of(
+        home: &'a Home,
+        engine: &'a dyn Engine,
+        origin: Origin<'a>,
+        request: &'a ForkRequest,
+    ) -> Result<Self, ForkError> {
+        let manifest = origin.manifest;
+        if !engine.capabilities().patch_memory {
+            return Err(ForkError::NotSupported { engine: engine.info().name });
+        }
+        check_compatible(engine, origin.template)?;
+        let letters = request.check(manifest)?;
+        let identity =
+            manifest.mailboxes.iter().find(|mailbox| mailbox.name.as_str() == MailboxName::IDENTITY).ok_or_else(
+                || ForkError::Incompatible { tag: manifest.tag.clone(), reason: "it has no identity mailbox".into() },
+            )?;
+        let connection = Connection::of(home, manifest, &request.network, request.count)?;
+        let plan = Self { home, engine, origin, request, identity, letters, connection };
+        plan.identity_handoff().check_size(plan.largest_section()?)?;
+        Ok(plan)
+    }
+
     fn fork_one(&self, index: usize) -> Result<ForkRecord, ForkError> {
         let state = |step| move |source| ForkError::State { step, source };
         let mut watch = Stopwatch::start();
@@ -299,7 +363,7 @@ impl Plan<'_> {
         spare.link = None;
         watch.step("prepare");
 
-        let manifest = self.template.manifest();
+        let manifest = self.origin.manifest;
         let procs = cgroups.procs();
         let paused = self.machine(&new, &draft, &mut spare, &mut handoffs, &procs, &mut watch)?;
         let process = paused.process().clone();
@@ -330,6 +394,8 @@ impl Plan<'_> {
             hostname: draft.name.clone(),
             id: draft.id,
             name: draft.name,
+            source: self.origin.snapshot.map(|snapshot| snapshot.manifest().fork.clone()),
+            standby: None,
             template: manifest.tag.clone(),
             template_id: manifest.id.clone(),
             engine: self.engine.info().clone(),
@@ -343,13 +409,16 @@ impl Plan<'_> {
             files: self.request.files.keys().cloned().collect(),
             mailboxes: Vec::new(),
             network: None,
+            origin: self.request.origin.clone(),
             limits: self.limits_asked(),
             cgroups: Vec::new(),
             acked_micros: micros(acked - watch.start),
             host_steps: watch.steps,
             guest_steps: Vec::new(),
         };
-        pages::note(self.home, self.engine, self.template, &record.process);
+        if self.origin.snapshot.is_none() {
+            pages::note(self.home, self.engine, self.origin.template, &record.process);
+        }
         drop(procs);
         // Nothing may fail between keeping the parts and publishing the record that names them.
         record.cgroups = cgroups.keep();
@@ -382,7 +451,7 @@ impl Plan<'_> {
     }
 
     fn identity_handoff(&self) -> IdentityHandoff<'_> {
-        IdentityHandoff::new(self.request, self.identity, &self.template.manifest().tag)
+        IdentityHandoff::new(self.request, self.identity, &self.origin.manifest.tag)
     }
 
     /// A machine that has loaded the template: the spare, or one of its own.
@@ -395,14 +464,18 @@ impl Plan<'_> {
         procs: &[BorrowedFd<'_>],
         watch: &mut Stopwatch,
     ) -> Result<PausedVm, ForkError> {
-        let manifest = self.template.manifest();
-        let pages = pages::file(self.home, self.template);
+        let manifest = self.origin.manifest;
+        let Origin { template, snapshot, .. } = self.origin;
+        // What a fork of the template needs first is not what a fork of a fork does.
+        let pages = if snapshot.is_none() { pages::file(self.home, template) } else { None };
+        let delta = snapshot.map(Snapshot::delta);
         let spec = RestoreSpec {
             dir: new.dir(),
             machine: manifest.machine,
-            root_image: &self.template.root_image(),
-            memory_file: &self.template.memory_file(),
-            state_file: &self.template.state_file(),
+            root_image: &template.root_image(),
+            memory_file: &template.memory_file(),
+            state_file: &snapshot.map_or_else(|| template.state_file(), Snapshot::state),
+            delta: delta.as_deref().map(|delta| (delta, manifest.id.as_str())),
             pages_file: pages.as_deref(),
             network: None,
             confinement: Confinement { cgroups: procs, ..confine::of_fork(&draft.id, &manifest.id) },
@@ -436,7 +509,7 @@ impl Plan<'_> {
     }
 
     fn no_identity(&self) -> ForkError {
-        let tag = self.template.manifest().tag.clone();
+        let tag = self.origin.manifest.tag.clone();
         ForkError::Incompatible { tag, reason: "it has no identity mailbox".into() }
     }
 
@@ -444,16 +517,16 @@ impl Plan<'_> {
     /// some starts its own.
     fn spare(&self) -> Option<(NewFork, ProcessRef)> {
         let limits = &self.request.limits;
-        if limits.memory.is_some() || limits.cpu_millis.is_some() {
+        if limits.memory.is_some() || limits.cpu_millis.is_some() || self.origin.snapshot.is_some() {
             return None;
         }
-        pool::take(self.home, self.template.manifest(), self.connection.mode())
+        pool::take(self.home, self.origin.manifest, self.connection.mode())
     }
 
     fn take_name(&self, new: &mut NewFork, index: usize, id: &ForkId) -> Result<ForkName, ForkError> {
         let name = match self.request.name_of(index) {
             Some(name) => name,
-            None => made_up_name(self.template.manifest().tag.as_str(), id)?,
+            None => made_up_name(self.origin.manifest.tag.as_str(), id)?,
         };
         match new.take_name(self.home, &name) {
             Ok(true) => Ok(name),
@@ -502,7 +575,7 @@ fn now() -> Duration {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
 }
 
-fn micros(duration: Duration) -> u64 {
+pub(crate) fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 

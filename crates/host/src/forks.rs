@@ -3,12 +3,17 @@
 use std::{fs, io, path::PathBuf, time::Duration};
 
 use engine::ProcessRef;
+use store::Store;
 use thiserror::Error;
 
 use crate::{
     home::Home,
     limits, network,
+    operation::{self, Operation},
     record::{self, Entry, ForkRecord},
+    snapshot,
+    source::SourceError,
+    standby,
 };
 
 /// Time for a killed process to be gone; the kernel has to free its memory first.
@@ -25,6 +30,21 @@ pub enum ForksError {
     Dead {
         /// Its name.
         name: String,
+    },
+    /// It is in standby.
+    #[error("fork {name} is in standby; bring it back with `offshoot resume {name}`")]
+    InStandby {
+        /// Its name.
+        name: String,
+    },
+    /// Somebody began something with it and died, and it could not be brought back.
+    #[error("fork {name} was left in the middle of standby, resume or a fork of it, and could not be brought back")]
+    Interrupted {
+        /// Its name.
+        name: String,
+        /// The cause.
+        #[source]
+        source: Box<SourceError>,
     },
     /// Its machine could not be ended.
     #[error("the machine of fork {name} could not be ended")]
@@ -76,10 +96,19 @@ pub fn get(home: &Home, wanted: &str) -> Result<ForkRecord, ForksError> {
 /// A fork whose machine is alive.
 ///
 /// # Errors
-/// [`ForksError::NotFound`], [`ForksError::Dead`].
+/// [`ForksError::NotFound`], [`ForksError::Dead`], [`ForksError::InStandby`]; [`ForksError::Interrupted`] if somebody died in the middle of
+/// something that concerns it as a whole, and it can not be brought back.
 pub fn get_alive(home: &Home, wanted: &str) -> Result<ForkRecord, ForksError> {
     let record = get(home, wanted)?;
-    if record.is_alive() { Ok(record) } else { Err(ForksError::Dead { name: record.name.to_string() }) }
+    let name = || record.name.to_string();
+    let settled = || standby::settle(home, &Store::open(&home.data)?, &record);
+    let record = settled().map_err(|source| ForksError::Interrupted { name: name(), source: Box::new(source) })?;
+    let name = record.name.to_string();
+    match (&record.standby, record.is_alive()) {
+        (Some(_), _) => Err(ForksError::InStandby { name }),
+        (None, true) => Ok(record),
+        (None, false) => Err(ForksError::Dead { name }),
+    }
 }
 
 /// The directory of a fork: its sockets and logs.
@@ -94,10 +123,43 @@ pub fn dir(home: &Home, record: &ForkRecord) -> PathBuf {
 /// [`ForksError`]; what is left can be removed by another try.
 pub fn kill(home: &Home, record: &ForkRecord) -> Result<(), ForksError> {
     let state = |step| move |source| ForksError::State { step, source };
-    record.process.kill(KILL_LIMIT).map_err(|source| ForksError::Kill { name: record.name.to_string(), source })?;
+    let kill = |process: &ProcessRef| {
+        process.kill(KILL_LIMIT).map_err(|source| ForksError::Kill { name: record.name.to_string(), source })
+    };
+    let own = dir(home, record);
+    // Whoever is at it fails for want of a machine; then nobody is, and what there is by then is ended as well.
+    let machines = || -> Vec<ProcessRef> {
+        let noted = record::read_json::<ProcessRef>(&own.join(record::PROCESS)).ok();
+        let now = record::read(&own).ok().map(|record| record.process);
+        noted.into_iter().chain(now).chain([record.process.clone()]).collect()
+    };
+    let lock = |wait| match Operation::begin(&own, wait) {
+        Ok(operation) => Ok(operation),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(state("locking the fork")(source)),
+    };
+    // Before its machine ends, so that whoever watches knows that it has not died.
+    let mut operation = lock(false)?;
+    machines().iter().try_for_each(kill)?;
+    if operation.is_none() {
+        operation = lock(true)?;
+    }
+    let _operation = operation;
+    machines().iter().try_for_each(kill)?;
+    let now = record::read(&own).unwrap_or_else(|_| record.clone());
+    let record = &now;
     limits::remove(&record.cgroups, &record.id).map_err(state("removing the fork's control groups"))?;
     network::end(home, record).map_err(state("removing the fork's network"))?;
-    record::remove(home, &dir(home, record), &record.id).map_err(state("removing the fork's directory"))
+    snapshot::remove_drafts(home, &record.id).map_err(state("removing what the fork was"))?;
+    snapshot::remove(home, &record.id).map_err(state("removing what the fork was"))?;
+    record::remove(home, &own, &record.id).map_err(state("removing the fork's directory"))
+}
+
+/// Whether somebody is doing something to it as a whole: it is being put into standby, resumed, forked or removed, or has just been.
+#[must_use]
+pub fn is_busy(home: &Home, record: &ForkRecord) -> bool {
+    let dir = dir(home, record);
+    operation::is_held(&dir) || !dir.exists()
 }
 
 /// Bytes of memory that this fork has for itself, and of the rest of what it maps. Pages of files, those of its template's

@@ -101,8 +101,10 @@ impl Home {
         let names = self.names();
         let pools = self.pools();
         let pages = self.pages();
-        let places: [(&Path, u32, &'static str); 7] = [
+        let snapshots = self.snapshots();
+        let places: [(&Path, u32, &'static str); 8] = [
             (&self.data, 0o711, "OFFSHOOT_DATA_DIR"),
+            (&snapshots, 0o700, "OFFSHOOT_DATA_DIR"),
             (&self.cache, 0o711, "OFFSHOOT_CACHE_DIR"),
             (&self.state, 0o700, "OFFSHOOT_STATE_DIR"),
             (&forks, 0o700, "OFFSHOOT_STATE_DIR"),
@@ -124,6 +126,12 @@ impl Home {
     #[must_use]
     pub fn forks(&self) -> PathBuf {
         self.state.join("forks")
+    }
+
+    /// What forks were captured as: standby, and what children are made of. With the data, because it is what is not in memory.
+    #[must_use]
+    pub fn snapshots(&self) -> PathBuf {
+        self.data.join("snapshots")
     }
 
     /// One file per template that is to have spare machines.

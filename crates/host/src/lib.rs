@@ -5,9 +5,12 @@
 #![forbid(unsafe_code)]
 
 pub mod acks;
+pub mod audit;
 pub mod bench;
+pub mod branch;
 pub mod build;
 pub mod cleanup;
+pub mod codes;
 pub mod confine;
 pub mod doctor;
 pub mod engines;
@@ -21,12 +24,18 @@ pub mod image;
 pub mod limits;
 mod machines;
 pub mod network;
+mod operation;
 mod pages;
 pub mod pool;
 pub mod progress;
 pub mod recipe;
 pub mod record;
+pub mod rehearsal;
 pub mod request;
+pub mod snapshot;
+pub mod source;
+pub mod standby;
+pub mod standing;
 pub mod stop;
 pub mod verify;
 

@@ -1,4 +1,5 @@
-//! Spare machines: started and loaded ahead of time, stopped and without identity, so that a fork need not wait for that.
+//! Spare machines: started and loaded ahead of time, stopped and without identity, so that a fork need not wait for that. What an identity
+//! takes they have [rehearsed](crate::rehearsal).
 //!
 //! ```text
 //! <state>/pools/<tag>           how many spares a template is to have
@@ -17,8 +18,8 @@ use std::{
 };
 
 use engine::{Confinement, Engine, EngineError, EngineInfo, NetworkEnd, ProcessRef, RestoreSpec};
-use identity::Tag;
-use net::{ClosedLink, LinkError};
+use identity::{Network as Section, Tag};
+use net::{ClosedLink, Dns, Egress, LinkError, Reach};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use store::{Manifest, Template};
@@ -28,14 +29,15 @@ use crate::{
     confine, fault,
     fork::{ForkError, new_id},
     forks,
-    handoff::network::TAP,
+    handoff::network::{NetworkError, TAP, tap_section},
     home::Home,
     network::{self, Mode},
     pages,
     record::{self, NewFork},
+    rehearsal::{self, RehearsalError},
 };
 
-/// Most spares of one template: each holds some 16 MiB with QEMU.
+/// Most spares of one template: each holds some 20 MiB with QEMU, 30 with a network.
 pub const MAX_SIZE: usize = 256;
 /// Time for a spare to be gone once it is killed.
 const KILL_LIMIT: Duration = Duration::from_secs(20);
@@ -60,6 +62,9 @@ pub enum PoolError {
     /// Its network could not be made.
     #[error("the network of a spare machine could not be made")]
     Network(#[from] LinkError),
+    /// It did not rehearse.
+    #[error("a spare machine could not rehearse")]
+    Rehearsal(#[from] RehearsalError),
     /// What a fork's beginning can fail of.
     #[error(transparent)]
     Begin(#[from] ForkError),
@@ -88,6 +93,9 @@ pub struct Spare {
     pub process: ProcessRef,
     /// What its network card leads to.
     pub network: Mode,
+    /// Whether it has rehearsed: not if its template or its engine is of a kind that does not.
+    #[serde(default)]
+    pub rehearsed: bool,
 }
 
 impl Spare {
@@ -107,6 +115,8 @@ pub struct Pool {
     pub network: Mode,
     /// How many are ready.
     pub ready: usize,
+    /// How many of these have rehearsed.
+    pub rehearsed: usize,
     /// Bytes of memory that the spares have for themselves.
     pub private_bytes: u64,
 }
@@ -138,6 +148,7 @@ pub fn list(home: &Home) -> Result<Vec<Pool>, PoolError> {
             size: size(home, &template),
             network: setting(home, &template).map_or(Mode::None, |setting| setting.network),
             ready: own.len(),
+            rehearsed: own.iter().filter(|(_, spare)| spare.rehearsed).count(),
             private_bytes: own.iter().filter_map(|(_, spare)| Some(forks::memory_of_process(&spare.process)?.0)).sum(),
             template,
         }
@@ -238,6 +249,7 @@ fn start_one(home: &Home, engine: &dyn Engine, template: &Template) -> Result<()
         root_image: &template.root_image(),
         memory_file: &template.memory_file(),
         state_file: &template.state_file(),
+        delta: None,
         pages_file: pages::file(home, template).as_deref(),
         network: tap.as_ref().map(|tap| NetworkEnd::Tap(tap.as_fd())),
         confinement: Confinement { cgroups: &[], ..confine::of_fork(&id, &manifest.id) },
@@ -248,18 +260,38 @@ fn start_one(home: &Home, engine: &dyn Engine, template: &Template) -> Result<()
     if !process.is_alive() {
         return Err(PoolError::Ended);
     }
+    let rehearsed = manifest.rehearses && engine.capabilities().rehearse;
+    let spare = if rehearsed {
+        let section = link.as_ref().map(section_of).transpose().map_err(ForkError::from)?;
+        rehearsal::rehearse(spare, manifest, section)?
+    } else {
+        spare
+    };
+    fault::point("pool.rehearsed", Some(&process)).map_err(state("rehearsing"))?;
+    if !process.is_alive() {
+        return Err(PoolError::Ended);
+    }
     let record = Spare {
         template: manifest.tag.clone(),
         template_id: manifest.id.clone(),
         engine: manifest.engine.clone(),
         process,
         network,
+        rehearsed,
     };
     new.set_aside(home, &record).map_err(state("noting the spare"))?;
     spare.release();
     // What is in the record of the spare is found by it.
     let _ = link.map(ClosedLink::keep);
     Ok(())
+}
+
+/// Who the spare will be on the wire.
+fn section_of(link: &ClosedLink) -> Result<Section, NetworkError> {
+    let addresses = link.record().addresses;
+    let egress = Egress::default();
+    let reach = Reach { mode: Mode::Tap, egress: &egress, v4: true, v6: addresses.v6.is_some() };
+    tap_section(&addresses, &Dns::of(reach, &[]).servers)
 }
 
 /// Ends the spares of `tag` that `template` can not use, and those above its pool's size; how many are left.

@@ -4,6 +4,7 @@
 //! is (a directory, a tar archive, an OCI image layout). A recipe may come from elsewhere, so everything in it is
 //! bounded and what it names on the host lies in its own folder.
 
+mod expected;
 mod file;
 #[cfg(test)]
 mod tests;
@@ -17,11 +18,12 @@ use std::{
 };
 
 use guest_api::proto;
+use identity::EnvName;
 use thiserror::Error;
 use toml::Spanned;
 
 use self::file::{
-    FileToml, OnFork, RecipeToml, RootKind, RootToml, RuntimeRestart, ServiceRestart, ServiceToml, Start,
+    FileToml, HookWhen, OnFork, RecipeToml, RootKind, RootToml, RuntimeRestart, ServiceRestart, ServiceToml,
 };
 use crate::image::rootfs::{RootError, oci};
 
@@ -43,11 +45,25 @@ struct BuiltIn {
     files: &'static [(&'static str, &'static str)],
 }
 
-const BUILT_IN: [BuiltIn; 2] = [
+const BUILT_IN: [BuiltIn; 4] = [
     BuiltIn {
         name: "python",
         recipe: include_str!("../../../recipes/python/recipe.toml"),
         files: &[("bridge.py", include_str!("../../../recipes/python/bridge.py"))],
+    },
+    BuiltIn {
+        name: "node",
+        recipe: include_str!("../../../recipes/node/recipe.toml"),
+        files: &[
+            ("bridge.js", include_str!("../../../recipes/node/bridge.js")),
+            ("lines.js", include_str!("../../../recipes/node/lines.js")),
+            ("randomness.js", include_str!("../../../recipes/node/randomness.js")),
+        ],
+    },
+    BuiltIn {
+        name: "browser",
+        recipe: include_str!("../../../recipes/browser/recipe.toml"),
+        files: &[("page.html", include_str!("../../../recipes/browser/page.html"))],
     },
     BuiltIn { name: "busybox", recipe: include_str!("../../../recipes/busybox/recipe.toml"), files: &[] },
 ];
@@ -81,6 +97,10 @@ pub struct Recipe {
     pub runtime: Option<proto::Runtime>,
     /// What else runs.
     pub services: Vec<proto::Service>,
+    /// What forks are told besides who they are, and how; without it nothing.
+    pub expected: Option<proto::Expected>,
+    /// Variables that a fork's caller may set though they decide which code programs run.
+    pub allow_env: BTreeSet<EnvName>,
     /// Questions to the runtime whose answers must differ in every fork: name → code. `verify` asks them.
     pub probes: BTreeMap<String, String>,
 }
@@ -241,6 +261,8 @@ impl Recipe {
             env,
             runtime: None,
             services: Vec::new(),
+            expected: None,
+            allow_env: BTreeSet::new(),
             probes: BTreeMap::new(),
         })
     }
@@ -255,6 +277,7 @@ impl Recipe {
             services: self.services.clone(),
             runtime: self.runtime.clone(),
             env: self.env.clone().into_iter().collect(),
+            expected: self.expected.clone(),
             timeout_ms: services.chain(runtime).fold(10_000, u32::saturating_add),
         }
     }
@@ -339,6 +362,14 @@ fn parse(text: &str, name: &str, folder: &Folder<'_>) -> Result<Recipe, RecipeEr
     if let Some(twice) = services.iter().find(|service| !names.insert(&service.name)) {
         return Err(invalid(0..0, format!("two services are called {:?}; give each its own name", twice.name)));
     }
+    let (expected, allow_env) = match toml.identity {
+        Some(identity) => {
+            let span = identity.span();
+            let (expected, allow) = expected::expected(identity.into_inner()).map_err(|why| invalid(span, why))?;
+            (Some(expected), allow)
+        }
+        None => (None, BTreeSet::new()),
+    };
     let mut env = image_env(&rootfs)?;
     env.extend(toml.env.map(|env| env.0).unwrap_or_default());
     let runtime = toml.runtime.map(|runtime| proto::Runtime {
@@ -378,6 +409,8 @@ fn parse(text: &str, name: &str, folder: &Folder<'_>) -> Result<Recipe, RecipeEr
         env,
         runtime,
         services,
+        expected,
+        allow_env,
     })
 }
 
@@ -459,30 +492,55 @@ fn service(service: ServiceToml) -> Result<proto::Service, String> {
     };
     expect(service.on_fork == OnFork::Signal, service.signal.is_some(), "signal")?;
     expect(service.on_fork == OnFork::Hook, service.hook.is_some(), "hook")?;
-    if service.start == Start::Fork && service.on_fork != OnFork::Keep {
+    if service.hook_when.is_some() && service.on_fork != OnFork::Hook {
+        return Err(format!("the service {name} has hook_when = … and needs on_fork = \"hook\" too"));
+    }
+    if service.awaited.is_some() && !matches!(service.on_fork, OnFork::Restart | OnFork::Wait) {
         return Err(format!(
-            "the service {name} starts in the fork, with its identity: on_fork has no meaning, leave it out"
+            "the service {name} does not start in a fork, so awaited has no meaning: it is for on_fork = \"restart\" and \"wait\""
         ));
     }
     let ready_line = service.ready_line.map(|text| text.0).unwrap_or_default();
     if ready_line.contains('\n') {
         return Err(format!("ready_line of the service {name} must be one line"));
     }
+    let ready_http = service.ready_http.map(|path| path.0).unwrap_or_default();
+    let ready_text = service.ready_text.map(|text| text.0).unwrap_or_default();
+    let ready_port = service.ready_port.unwrap_or_default();
+    if service.ready_port == Some(0)
+        || ready_port == 0 && !ready_http.is_empty()
+        || ready_http.is_empty() && !ready_text.is_empty()
+    {
+        return Err(format!(
+            "the service {name}: ready_http needs a ready_port (1 to 65535), and ready_text a ready_http"
+        ));
+    }
+    if !ready_http.is_empty()
+        && (!ready_http.starts_with('/') || ready_http.bytes().any(|byte| !byte.is_ascii_graphic()))
+    {
+        return Err(format!("ready_http of the service {name} must be a path that begins with /, without blanks"));
+    }
     Ok(proto::Service {
         command: service.command.0,
         env: service.env.map(|env| env.0.into_iter().collect()).unwrap_or_default(),
         workdir: service.workdir.map(|path| path.0).unwrap_or_default(),
         user: service.user.map(|user| user.0).unwrap_or_default(),
-        start_in_template: service.start == Start::Template,
+        start_in_template: service.on_fork != OnFork::Wait,
         on_fork: i32::from(match service.on_fork {
-            OnFork::Keep => proto::OnFork::Keep,
+            OnFork::Keep | OnFork::Wait => proto::OnFork::Keep,
+            OnFork::Event => proto::OnFork::Event,
             OnFork::Restart => proto::OnFork::Restart,
             OnFork::Signal => proto::OnFork::Signal,
             OnFork::Hook => proto::OnFork::Hook,
         }),
         signal: service.signal.map(|signal| signal.0).unwrap_or_default(),
         hook: service.hook.map(|hook| hook.0).unwrap_or_default(),
+        hook_before_thaw: service.hook_when == Some(HookWhen::BeforeThaw),
+        not_awaited: service.awaited == Some(false),
         ready_line,
+        ready_port: ready_port.into(),
+        ready_http,
+        ready_text,
         restart: match service.restart {
             ServiceRestart::Never => "never",
             ServiceRestart::OnFailure => "on-failure",

@@ -28,7 +28,7 @@ use crate::{home::Home, network::NetworkReport, pool::Spare, stop};
 pub const RECORD: &str = "fork.json";
 /// The machine's process in the directory of a fork that is being made.
 pub const PROCESS: &str = "process.json";
-const LOCK: &str = "lock";
+pub(crate) const LOCK: &str = "lock";
 pub(crate) const NEW: &str = ".new-";
 pub(crate) const SPARE: &str = ".spare-";
 const SPARE_RECORD: &str = "spare.json";
@@ -56,6 +56,19 @@ pub struct MailboxReport {
     pub acknowledged: Option<bool>,
 }
 
+/// A fork that is on disk, and not in memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StandbyReport {
+    /// Since when, in milliseconds since the epoch.
+    pub since_ms: u64,
+    /// Bytes of memory that it had for itself.
+    pub dirty_bytes: u64,
+    /// Bytes that are on disk for it.
+    pub disk_bytes: u64,
+    /// How long nothing of it ran before it was on disk, in microseconds: from its freeze to the last byte.
+    pub captured_micros: u64,
+}
+
 /// What is known of a fork. It holds no secret, and of the environment only the names.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ForkRecord {
@@ -67,6 +80,12 @@ pub struct ForkRecord {
     pub name: ForkName,
     /// Its host name.
     pub hostname: ForkName,
+    /// The fork that it was made of; none if it was made of the template.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<ForkId>,
+    /// What is known of its standby; none of a fork that runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub standby: Option<StandbyReport>,
     /// The template it came from.
     pub template: Tag,
     /// That template's id: the tag may be built anew while the fork lives.
@@ -94,6 +113,9 @@ pub struct ForkRecord {
     /// Its network; none without.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkReport>,
+    /// What asked for it, where that must be found out again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<String>,
     /// Limits that hold, as they were asked for.
     pub limits: BTreeMap<String, u64>,
     /// Control groups of the host made for it.
@@ -110,10 +132,16 @@ impl ForkRecord {
     /// The format this build writes and reads.
     pub const FORMAT: u32 = 1;
 
-    /// Whether its machine is alive.
+    /// Whether its machine is alive. That of a fork in standby is not, and the fork is not dead.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        self.process.is_alive()
+        self.standby.is_none() && self.process.is_alive()
+    }
+
+    /// Whether it has ended without having been put into standby.
+    #[must_use]
+    pub fn is_dead(&self) -> bool {
+        self.standby.is_none() && !self.process.is_alive()
     }
 }
 
@@ -268,6 +296,23 @@ impl Drop for NewFork {
         }
         let _ = flock(&self.lock, FlockOperation::Unlock);
     }
+}
+
+/// Writes the record of a fork anew, whole.
+///
+/// # Errors
+/// If it can not be written, or somebody asked this process to [stop](crate::stop); the old one stays.
+pub(crate) fn rewrite(dir: &Path, record: &ForkRecord) -> io::Result<()> {
+    let _publishing = stop::publishing()?;
+    write_json(dir, RECORD, record)
+}
+
+/// Reads the record in a fork's directory.
+///
+/// # Errors
+/// If it can not be read.
+pub(crate) fn read(dir: &Path) -> io::Result<ForkRecord> {
+    read_json(&dir.join(RECORD))
 }
 
 /// An entry of the directory of forks.

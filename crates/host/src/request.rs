@@ -41,6 +41,8 @@ pub struct ForkRequest {
     pub limits: LimitRequest,
     /// Network.
     pub network: NetworkRequest,
+    /// What asked for it, where that must be found out again: it is noted in the fork's record.
+    pub origin: Option<String>,
 }
 
 /// A payload for one mailbox.
@@ -142,6 +144,12 @@ pub enum RequestError {
         /// Bytes possible.
         capacity: usize,
     },
+    /// The recipe does not allow the variable.
+    #[error(
+        "the variable {0} decides which code programs run, and the template's recipe does not let a fork's caller set it; add allow = \
+         [\"{0}\"] to its [identity] and build it again, or give the value another name"
+    )]
+    VariableNotAllowed(EnvName),
     /// A label, a variable's value or a path breaks its rule.
     #[error("{what} is not valid: {rule}")]
     Field {
@@ -167,6 +175,19 @@ impl ForkRequest {
     /// # Errors
     /// [`RequestError`].
     pub fn check<'a>(&'a self, manifest: &'a Manifest) -> Result<Vec<Addressed<'a>>, RequestError> {
+        self.check_form()?;
+        let steering = self.env.keys().find(|name| name.steers_programs() && !manifest.allow_env.contains(*name));
+        if let Some(name) = steering {
+            return Err(RequestError::VariableNotAllowed(name.clone()));
+        }
+        self.address(manifest)
+    }
+
+    /// Checks all that does not depend on what is forked.
+    ///
+    /// # Errors
+    /// [`RequestError`].
+    pub(crate) fn check_form(&self) -> Result<(), RequestError> {
         range("the number of forks", self.count as u64, 1, MAX_FORKS as u64)?;
         if self.count > 1
             && let Some(name) = &self.name
@@ -177,8 +198,7 @@ impl ForkRequest {
         self.check_fields()?;
         self.limits.check()?;
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        range("the network's timeout in ms", millis(self.network.timeout), 0, millis(MAX_NETWORK_TIMEOUT))?;
-        self.address(manifest)
+        range("the network's timeout in ms", millis(self.network.timeout), 0, millis(MAX_NETWORK_TIMEOUT))
     }
 
     fn check_fields(&self) -> Result<(), RequestError> {

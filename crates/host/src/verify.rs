@@ -9,7 +9,7 @@ use std::{
 };
 
 use engine::{Accel, Engine};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use store::Template;
 use thiserror::Error;
 
@@ -31,7 +31,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 const CLOCK_READINGS: usize = 3;
 
 /// What one subject showed.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Row {
     /// `template`, or the fork's name.
     pub subject: String,
@@ -46,7 +46,7 @@ pub struct Row {
 }
 
 /// A value that more than one subject has.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shared {
     /// The field.
     pub field: String,
@@ -57,7 +57,7 @@ pub struct Shared {
 }
 
 /// The outcome.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Verdict {
     /// The template first, then the forks.
     pub rows: Vec<Row>,

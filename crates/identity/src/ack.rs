@@ -42,6 +42,8 @@ pub enum Stage {
     /// Everything up to the network was applied, and that was not: the workload stays frozen until the host has it applied again, or a
     /// deadline passes. It is no end: `applied` or `failed` follows.
     NetworkPending,
+    /// Everything was done but the thaw, and is put back now: a rehearsal. It is no end either: the guest says when it waits again.
+    Rehearsed,
     /// A step failed; nothing was thawed.
     Failed,
 }
@@ -53,6 +55,7 @@ impl Stage {
         match self {
             Self::Applied => "applied",
             Self::NetworkPending => "network-pending",
+            Self::Rehearsed => "rehearsed",
             Self::Failed => "failed",
         }
     }
@@ -222,7 +225,7 @@ fn sign(line: &mut String, key: &AckKey) {
 }
 
 fn parse_stage(value: &str) -> Result<Stage, AckError> {
-    [Stage::Applied, Stage::NetworkPending, Stage::Failed]
+    [Stage::Applied, Stage::NetworkPending, Stage::Rehearsed, Stage::Failed]
         .into_iter()
         .find(|stage| stage.as_str() == value)
         .ok_or(AckError::Field("stage"))

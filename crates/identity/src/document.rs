@@ -53,6 +53,10 @@ pub enum Action {
     Become,
     /// Keep the identity it has (clock and randomness are refreshed): the source of a branch, or a standby resumed.
     Continue,
+    /// Do all that is done to take on the identity in the document, but let nothing of the workload run; then put everything back, and
+    /// wait for an identity again: a spare machine, whose first real identity does not find cold what it needs. Guests that say nothing of
+    /// it when they are captured do not know it.
+    Rehearse,
 }
 
 /// Who the fork is.
@@ -116,7 +120,7 @@ pub struct Document {
     /// Environment the caller gave. A variable that is absent is absent in the fork too.
     #[serde(default)]
     pub env: BTreeMap<EnvName, String>,
-    /// Secrets, written to files of mode 0400.
+    /// Secrets, written to files of mode 0400. In a document that says to go on: see [`Document::unseal`].
     #[serde(default)]
     pub secrets: BTreeMap<SecretName, Secret>,
     /// Files to write.
@@ -230,10 +234,26 @@ impl Document {
         if self.env.values().any(|value| value.contains('\0')) {
             return field("env", "values without NUL");
         }
+        if self.action == Action::Rehearse && !self.is_bare() {
+            return field("action", "a rehearsal has no labels, variables, secrets, files and limits");
+        }
         if self.files.iter().any(|file| !is_guest_path(&file.path) || file.mode & !0o7777 != 0) {
             return field("files", "absolute paths without '..' and NUL, modes within 07777");
         }
         Ok(())
+    }
+
+    /// What opens the secrets that were sealed before the capture: in a document that says to go on.
+    #[must_use]
+    pub fn unseal(&self) -> Option<&Secret> {
+        let found = self.secrets.iter().find(|(name, _)| name.as_str() == crate::seal::UNSEAL);
+        found.filter(|_| self.action == Action::Continue).map(|(_, key)| key)
+    }
+
+    /// Whether nobody gave anything for it.
+    fn is_bare(&self) -> bool {
+        let entries = [self.labels.len(), self.env.len(), self.secrets.len(), self.files.len()];
+        entries == [0; 4] && self.limits == Limits::default()
     }
 }
 

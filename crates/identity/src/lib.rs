@@ -11,12 +11,13 @@ pub mod key;
 pub mod mailbox;
 pub mod name;
 pub mod network;
+pub mod seal;
 pub mod secret;
 mod wire;
 
 pub use ack::{Ack, AckError, Stage, Step};
 pub use document::{Action, ClockNanos, Document, DocumentError, File, ForkIdentity, Limits};
 pub use key::AckKey;
-pub use name::{EnvName, ForkId, ForkName, MailboxName, NameError, SecretName, Tag};
+pub use name::{EnvName, FieldName, ForkId, ForkName, MailboxName, NameError, SecretName, Tag};
 pub use network::{Inet, MacAddress, Network, NetworkError};
 pub use secret::Secret;

@@ -125,6 +125,16 @@ name_type!(
 );
 
 name_type!(
+    /// The name of a field that a payload carries.
+    FieldName,
+    "field",
+    "a field's name is 1 to 64 letters, digits, '_', '.' or '-', and starts with a letter (for example tenant)",
+    |text| (1..=64).contains(&text.len())
+        && text[0].is_ascii_alphabetic()
+        && text.iter().all(|byte| matches!(byte, b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'_' | b'.' | b'-'))
+);
+
+name_type!(
     /// The name of a secret; also its file name under the identity directory.
     SecretName,
     "secret name",
@@ -133,6 +143,44 @@ name_type!(
         && text[0] != b'.'
         && text.iter().all(|byte| matches!(byte, b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-'))
 );
+
+/// Variables by which somebody who may set them decides which code a program runs: the loader's (ld.so(8), and all that begin with `LD_`), the
+/// shells', and those of interpreters.
+const STEERING: [&str; 24] = [
+    "BASHOPTS",
+    "BASH_ENV",
+    "CLASSPATH",
+    "ENV",
+    "GCONV_PATH",
+    "GLIBC_TUNABLES",
+    "IFS",
+    "JAVA_TOOL_OPTIONS",
+    "JDK_JAVA_OPTIONS",
+    "NODE_OPTIONS",
+    "NODE_PATH",
+    "PATH",
+    "PERL5LIB",
+    "PERL5OPT",
+    "PROMPT_COMMAND",
+    "PS4",
+    "PYTHONHOME",
+    "PYTHONPATH",
+    "PYTHONSTARTUP",
+    "RUBYLIB",
+    "RUBYOPT",
+    "SHELLOPTS",
+    "ZDOTDIR",
+    "_JAVA_OPTIONS",
+];
+
+impl EnvName {
+    /// Whether the variable decides which code a program runs (`PATH`, `LD_PRELOAD`, `PYTHONPATH`…). Who makes a fork may set such a one only
+    /// if the recipe says so.
+    #[must_use]
+    pub fn steers_programs(&self) -> bool {
+        self.0.starts_with("LD_") || STEERING.binary_search(&self.0.as_str()).is_ok()
+    }
+}
 
 impl MailboxName {
     /// The agent's own mailbox, through which the identity document arrives.
@@ -172,6 +220,18 @@ mod tests {
         }
         for bad in ["", "-a", "a-", "A", "a.b", "a_b", "a/b", &"a".repeat(64)] {
             assert!(ForkName::parse(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn i13_variables_that_steer_programs_are_known() {
+        assert!(STEERING.is_sorted());
+        let steers = |name: &str| EnvName::parse(name).expect("valid").steers_programs();
+        for name in STEERING.iter().chain(&["LD_PRELOAD", "LD_LIBRARY_PATH", "LD_"]) {
+            assert!(steers(name), "{name}");
+        }
+        for name in ["path", "PATH_INFO", "MY_PATH", "REGION", "LDAP_URL"] {
+            assert!(!steers(name), "{name}");
         }
     }
 

@@ -10,7 +10,7 @@
 //! |---|---|
 //! | magic | `OFFD` |
 //! | format | 4 bytes: 1 ([`FORMAT`]) without a network section, 2 ([`FORMAT_NETWORK`]) with one |
-//! | action | 4 bytes: 1 become, 2 continue |
+//! | action | 4 bytes: 1 become, 2 continue, 3 rehearse |
 //! | wall clock | 8 bytes |
 //! | limits | three times (pids, memory, CPU): 4 bytes 0, or 4 bytes 1 and 8 bytes |
 //! | id, name, host name, template, machine id, boot id | text each |
@@ -60,7 +60,14 @@ impl Document {
         let mut bytes = Vec::with_capacity(self.wire_len());
         bytes.extend_from_slice(&MAGIC);
         push_u32(&mut bytes, self.format);
-        push_u32(&mut bytes, if self.action == Action::Become { 1 } else { 2 });
+        push_u32(
+            &mut bytes,
+            match self.action {
+                Action::Become => 1,
+                Action::Continue => 2,
+                Action::Rehearse => 3,
+            },
+        );
         bytes.extend_from_slice(&self.wall_clock.0.to_le_bytes());
         for limit in [self.limits.pids, self.limits.memory, self.limits.cpu_millis] {
             push_u32(&mut bytes, u32::from(limit.is_some()));
@@ -164,6 +171,7 @@ impl<'a> Reader<'a> {
         let action = match self.u32()? {
             1 => Action::Become,
             2 => Action::Continue,
+            3 => Action::Rehearse,
             _ => return Err(Malformed.into()),
         };
         let wall_clock = ClockNanos(self.u64()?);

@@ -122,7 +122,7 @@ fn a_first_step_too_long_for_the_line_is_left_out_whole() {
 #[test]
 fn n2_the_longest_ack_fits_a_datagram_and_is_believed() {
     let step = Step { name: "network".into(), outcome: "set".into(), micros: 1 };
-    for stage in [Stage::Applied, Stage::NetworkPending, Stage::Failed] {
+    for stage in [Stage::Applied, Stage::NetworkPending, Stage::Rehearsed, Stage::Failed] {
         let reason = Some("\u{1F600}".repeat(5_000));
         let long = Ack { stage, steps: vec![step.clone(); 200], reason, ..ack(&"m".repeat(64)) };
         let line = long.to_datagram(&key().for_mailbox(&long.mailbox));

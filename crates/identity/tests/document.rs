@@ -59,13 +59,42 @@ fn a_document_reads_back_as_it_was_written() {
 }
 
 #[test]
+fn i15_a_rehearsal_has_nothing_that_a_caller_gave() {
+    let bare = Document {
+        action: Action::Rehearse,
+        labels: [].into(),
+        env: [].into(),
+        secrets: [].into(),
+        files: Vec::new(),
+        limits: Limits::default(),
+        ..document()
+    };
+    let after = Document::from_bytes(bare.to_bytes().expose()).unwrap();
+    assert_eq!(after.action, Action::Rehearse);
+    assert_eq!(after.to_json(), bare.to_json());
+    let given: [fn(&mut Document, Document); 5] = [
+        |rehearsal, given| rehearsal.labels = given.labels,
+        |rehearsal, given| rehearsal.env = given.env,
+        |rehearsal, given| rehearsal.secrets = given.secrets,
+        |rehearsal, given| rehearsal.files = given.files,
+        |rehearsal, given| rehearsal.limits = given.limits,
+    ];
+    for give in given {
+        let mut rehearsal = bare.clone();
+        give(&mut rehearsal, document());
+        let refused = Document::from_bytes(rehearsal.to_bytes().expose()).unwrap_err();
+        assert!(matches!(refused, DocumentError::Field { field: "action", .. }), "{refused}");
+    }
+}
+
+#[test]
 fn bytes_have_one_form() {
     let bytes = document().to_bytes().expose().to_vec();
     let at = |text: &[u8]| bytes.windows(text.len()).position(|window| window == text).unwrap();
     let mut longer = bytes.clone();
     longer.push(0);
     let mut unknown_action = bytes.clone();
-    unknown_action[8] = 3;
+    unknown_action[8] = 4;
     let mut half_a_limit = bytes.clone();
     half_a_limit[20] = 2;
     let mut not_text = bytes.clone();

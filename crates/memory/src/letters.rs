@@ -80,6 +80,16 @@ pub fn fill_mailboxes(memory: &impl PrivateMemory, letters: &[Letter<'_>]) -> Re
     memory.write_in_order(&writes).map_err(PatchError::Write)
 }
 
+/// Whether the mailbox is there and has been filled, and its owner has not taken the payload yet.
+///
+/// # Errors
+/// [`PatchError`].
+pub fn is_filled(memory: &impl PrivateMemory, mailbox: &Mailbox) -> Result<bool, PatchError> {
+    let page = memory.read_pages(&[place(memory, mailbox, 0)?]).map_err(PatchError::Open)?;
+    let header = page.first().and_then(|page| Header::parse(page).ok());
+    Ok(header.is_some_and(|header| header.nonce == mailbox.nonce && header.state == State::Filled))
+}
+
 /// The pages of every letter's mailbox, read at once: reading may be a question to another process.
 fn read(memory: &impl PrivateMemory, letters: &[Letter<'_>]) -> Result<Vec<Vec<Page>>, PatchError> {
     let mut places = Vec::new();

@@ -42,6 +42,43 @@ impl ProcessMemory {
         fill_mailboxes(self, letters)
     }
 
+    /// Reads any bytes of the guest's memory.
+    ///
+    /// # Errors
+    /// What reading fails of; `InvalidInput` outside of it.
+    pub fn read(&self, mut offset: u64, mut bytes: &mut [u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let (address, count) = self.piece(offset, bytes.len())?;
+            let (piece, rest) = bytes.split_at_mut(count);
+            self.memory.read_exact_at(piece, address)?;
+            (offset, bytes) = (offset + count as u64, rest);
+        }
+        Ok(())
+    }
+
+    /// Writes any bytes into the guest's private memory. The machine must stand still.
+    ///
+    /// # Errors
+    /// What writing fails of; `InvalidInput` outside of it.
+    pub fn write(&self, mut offset: u64, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let (address, count) = self.piece(offset, bytes.len())?;
+            let (piece, rest) = bytes.split_at(count);
+            self.memory.write_all_at(piece, address)?;
+            (offset, bytes) = (offset + count as u64, rest);
+        }
+        Ok(())
+    }
+
+    /// The address of the byte at `offset`, and how many of `len` lie together from there on.
+    fn piece(&self, offset: u64, len: usize) -> io::Result<(u64, usize)> {
+        let found = self.mappings.iter().find(|(range, _)| range.contains(&offset));
+        let outside = || io::Error::new(io::ErrorKind::InvalidInput, "outside of the guest's memory");
+        let (range, start) = found.ok_or_else(outside)?;
+        let left = usize::try_from(range.end - offset).unwrap_or(usize::MAX);
+        Ok((start + (offset - range.start), len.min(left)))
+    }
+
     /// The address of bytes that lie together in one mapping.
     fn address(&self, offset: u64, len: u64) -> io::Result<u64> {
         let whole = |range: &Range<u64>| range.contains(&offset) && range.end - offset >= len;

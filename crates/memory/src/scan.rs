@@ -119,21 +119,54 @@ pub enum ScanError {
 /// # Errors
 /// [`ScanError`]. What is wrong with a mailbox that a program planted by itself is no error: its name is ambiguous then.
 pub fn find_mailboxes(file: &File, expected: &[ExpectedMailbox]) -> Result<Scan, ScanError> {
-    let mut scan = Scan::default();
-    let mut found: BTreeMap<(MailboxName, Nonce), Vec<(Header, u64)>> = BTreeMap::new();
-    let mut markers = 0;
-    for_each_marker(file, |offset, page| {
+    let mut finder = Finder::default();
+    for_each_marker(file, |offset, page| finder.take(offset, page))?;
+    finder.finish(expected)
+}
+
+/// Takes pages that may be a mailbox's, from wherever they come.
+#[derive(Debug, Default)]
+pub struct Finder {
+    found: BTreeMap<(MailboxName, Nonce), Vec<(Header, u64)>>,
+    markers: usize,
+    malformed: usize,
+}
+
+impl Finder {
+    /// Looks at a page; `offset` is its place in the memory.
+    ///
+    /// # Errors
+    /// [`ScanError::Flood`].
+    pub fn take(&mut self, offset: u64, page: &Page) -> Result<(), ScanError> {
+        if !has_magic(page) {
+            return Ok(());
+        }
         match Header::parse(page) {
             Ok(header) if header.state == State::Armed => {
-                markers += 1;
-                found.entry((header.name.clone(), header.nonce)).or_default().push((header, offset));
+                self.markers += 1;
+                self.found.entry((header.name.clone(), header.nonce)).or_default().push((header, offset));
             }
             Ok(_) => {}
-            Err(_) => scan.malformed += 1,
+            Err(_) => self.malformed += 1,
         }
-        if markers > MAX_MARKERS { Err(ScanError::Flood) } else { Ok(()) }
-    })?;
+        if self.markers > MAX_MARKERS { Err(ScanError::Flood) } else { Ok(()) }
+    }
 
+    /// The mailboxes. `expected` are those the agent listed.
+    ///
+    /// # Errors
+    /// As [`find_mailboxes`].
+    pub fn finish(self, expected: &[ExpectedMailbox]) -> Result<Scan, ScanError> {
+        collect(self.found, self.malformed, expected)
+    }
+}
+
+fn collect(
+    mut found: BTreeMap<(MailboxName, Nonce), Vec<(Header, u64)>>,
+    malformed: usize,
+    expected: &[ExpectedMailbox],
+) -> Result<Scan, ScanError> {
+    let mut scan = Scan { malformed, ..Scan::default() };
     for wanted in expected {
         let agent = |what| ScanError::Agent { name: wanted.name.clone(), what };
         let pages = found.remove(&(wanted.name.clone(), wanted.nonce));

@@ -15,11 +15,14 @@ use identity::{
     AckKey, MailboxName,
     mailbox::{PAGE_SIZE, PAYLOAD_PER_PAGE, Page, arm, take},
 };
-use offshoot_memory::{ExpectedMailbox, Mailbox, PatchError, PlantedBy, ProcessMemory, find_mailboxes};
+use offshoot_memory::{
+    Delta, DeltaError, ExpectedMailbox, Mailbox, PatchError, PlantedBy, ProcessMemory, find_mailboxes, write_delta,
+};
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 
 const PAGES: u64 = 64;
 const SIZE: u64 = PAGES * PAGE_SIZE as u64;
+const TEMPLATE: &str = "0123456789abcdef0123";
 const IMAGE: &str = "OFFSHOOT_TEST_IMAGE";
 /// What a machine says of a mailbox that nobody filled.
 const ARMED: &str = "(armed)";
@@ -43,6 +46,62 @@ fn template(path: &Path) -> (File, Vec<Mailbox>) {
     let scan = find_mailboxes(&file, &expected).unwrap();
     assert_eq!(scan.mailboxes.len(), 2);
     (file, scan.mailboxes)
+}
+
+/// What a machine has for itself, as a file, and that machine's memory as `seen`.
+fn capture(machine: &Machine, file: &File, seen: &mut Vec<u64>) -> (File, offshoot_memory::DeltaSize) {
+    let dirty = offshoot_memory::touched_pages(machine.process.id(), file, SIZE).unwrap().copied;
+    let out = tempfile::tempfile().unwrap();
+    let memory = machine.memory(file).unwrap();
+    let size = write_delta(&memory, SIZE, &dirty, file, TEMPLATE, &out, |offset, _| seen.push(offset)).unwrap();
+    (out, size)
+}
+
+fn whole(machine: &Machine, file: &File) -> Vec<u8> {
+    let mut bytes = vec![0; usize::try_from(SIZE).unwrap()];
+    machine.memory(file).unwrap().read(0, &mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn f7_what_a_machine_has_for_itself_makes_another_one_like_it_and_not_the_template() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("memory.img");
+    let (file, _) = template(&image);
+    let original = fs::read(&image).unwrap();
+    let page = PAGE_SIZE as u64;
+    let [source, child, grandchild, other] = std::array::from_fn(|_| Machine::start(&image, false));
+    let memory = source.memory(&file).unwrap();
+    memory.write(3 * page + 100, &vec![7; 2 * PAGE_SIZE]).unwrap();
+    // A marker that becomes zeros; a page that is written and is as it was.
+    memory.write(9 * page, &vec![0; PAGE_SIZE]).unwrap();
+    memory.write(30 * page, &original[30 * PAGE_SIZE..31 * PAGE_SIZE]).unwrap();
+    memory.write(SIZE - 1, &[1]).unwrap();
+    let mut seen = Vec::new();
+    let (delta, size) = capture(&source, &file, &mut seen);
+    assert_eq!(seen, [3, 4, 5, 9, 30, 63].map(|index| index * page));
+    assert_eq!((size.dirty, size.data, size.zeros), (6 * page, 4 * page, page));
+
+    let take = |machine: &Machine, delta: File| {
+        Delta::open(delta, SIZE, TEMPLATE).unwrap().apply(&machine.memory(&file).unwrap()).unwrap();
+    };
+    take(&child, delta.try_clone().unwrap());
+    assert!(whole(&child, &file) == whole(&source, &file));
+    // One that was restored has for itself what differs from the template: never a layer above a layer.
+    child.memory(&file).unwrap().write(40 * page, &[9]).unwrap();
+    let (second, size) = capture(&child, &file, &mut Vec::new());
+    assert_eq!((size.data, size.zeros), (5 * page, page));
+    take(&grandchild, second);
+    assert!(whole(&grandchild, &file) == whole(&child, &file));
+    assert!(whole(&source, &file) != whole(&child, &file));
+    assert!(whole(&other, &file) == original);
+    assert!(fs::read(&image).unwrap() == original, "the template was written");
+
+    assert!(matches!(Delta::open(delta.try_clone().unwrap(), SIZE, "other"), Err(DeltaError::OtherTemplate)));
+    assert!(matches!(Delta::open(delta.try_clone().unwrap(), SIZE - page, TEMPLATE), Err(DeltaError::Malformed(_))));
+    delta.set_len(delta.metadata().unwrap().len() - 1).unwrap();
+    assert!(matches!(Delta::open(delta, SIZE, TEMPLATE), Err(DeltaError::Malformed(_))));
+    assert!(memory.write(SIZE - 1, &[1, 2]).is_err(), "nothing is written past the end");
 }
 
 /// A process that maps the image as a machine does.

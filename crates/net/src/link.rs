@@ -191,6 +191,18 @@ impl Network {
         record.ok_or_else(|| LinkError::Absent(id.clone()))
     }
 
+    /// Opens the tap of a link that was kept, open or closed, for a machine that takes the place of one that has ended.
+    ///
+    /// # Errors
+    /// There is none ([`LinkError::Absent`]), it is open already (`ResourceBusy`), or gone.
+    pub fn tap(&self, id: &ForkId) -> Result<OwnedFd, LinkError> {
+        let record = self.read(id)?;
+        let doing = "opening the tap";
+        namespace::within(&record.namespace(&self.state), || {
+            tap::attach_patiently(TAP, record.tap).map_err(step(doing))
+        })
+    }
+
     /// Removes all that was made for a fork, by its exact names, and gives its address back. That there is nothing, or only a
     /// part, is fine.
     ///

@@ -97,6 +97,20 @@ impl FromStr for Egress {
     }
 }
 
+impl fmt::Display for Egress {
+    /// As it is parsed.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Allow => f.write_str("allow"),
+            Self::Deny => f.write_str("deny"),
+            Self::Only(ranges) => {
+                let ranges: Vec<String> = ranges.iter().map(ToString::to_string).collect();
+                f.write_str(&ranges.join(","))
+            }
+        }
+    }
+}
+
 /// A transport that ports are forwarded of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -147,6 +161,13 @@ impl FromStr for Forward {
             Some(Self { protocol, host: port(host)?, guest: port(guest)? })
         };
         parse().ok_or_else(|| PolicyError::Forward { given: cut(text) })
+    }
+}
+
+impl fmt::Display for Forward {
+    /// As it is parsed.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}/{}", self.host, self.guest, self.protocol)
     }
 }
 
@@ -280,6 +301,16 @@ mod tests {
             ["", "Allow", "10.1.2.3/8", "10.0.0.0/33", "10.0.0.0/8,", "10.0.0.0/8 accept", "0.0.0.0/0; drop", "::/0\n"]
         {
             assert!(bad.parse::<Egress>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_printed_is_parsed_again_as_the_same() {
+        for text in ["allow", "deny", "10.0.0.0/8,192.0.2.7/32,2001:db8::/32"] {
+            assert_eq!(text.parse::<Egress>().map(|egress| egress.to_string()), Ok(text.into()));
+        }
+        for text in ["8080:80/tcp", "53:53/udp"] {
+            assert_eq!(text.parse::<Forward>().map(|forward| forward.to_string()), Ok(text.into()));
         }
     }
 

@@ -1,7 +1,7 @@
 //! A template while it is being built: a directory that disappears unless it is committed.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, DirBuilder, File, OpenOptions, Permissions},
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown},
@@ -10,11 +10,11 @@ use std::{
 };
 
 use engine::{EngineInfo, Machine, ProcessRef};
-use identity::Tag;
+use identity::{EnvName, Tag};
 use memory::{Ambiguous, Mailbox};
 use rustix::fs::{CWD, RenameFlags};
 
-use crate::{BUILDING, MANIFEST, MEMORY, Manifest, ROOT_IMAGE, STATE, StoreError, file, lock::TagLock};
+use crate::{BUILDING, Finding, MANIFEST, MEMORY, Manifest, ROOT_IMAGE, STATE, StoreError, file, lock::TagLock};
 
 /// Who builds, in a directory that is being built.
 const MAKER: &str = "maker.json";
@@ -46,14 +46,22 @@ pub struct Contents {
     pub ambiguous: Vec<Ambiguous>,
     /// Questions to the warmed runtime.
     pub probes: BTreeMap<String, String>,
+    /// Variables that a fork's caller may set though they decide which code programs run.
+    pub allow_env: BTreeSet<EnvName>,
     /// What the template itself showed.
     pub facts: BTreeMap<String, String>,
-    /// What the audit found.
+    /// What was noticed, as text.
     pub warnings: Vec<String>,
+    /// What the audit found.
+    pub findings: Vec<Finding>,
+    /// How many more it found.
+    pub findings_left_out: u32,
     /// The guest's `CLOCK_MONOTONIC` at the freeze.
     pub frozen_monotonic_ns: u64,
     /// The guest's `CLOCK_REALTIME` at the freeze.
     pub frozen_wall_ns: u64,
+    /// Whether its machines can rehearse.
+    pub rehearses: bool,
     /// What the build took.
     pub build_millis: u64,
     /// Group that the processes of forks belong to (as root).
@@ -137,8 +145,12 @@ impl Building {
             mailboxes: contents.mailboxes,
             ambiguous: contents.ambiguous,
             probes: contents.probes,
+            allow_env: contents.allow_env,
             facts: contents.facts,
             warnings: contents.warnings,
+            findings: contents.findings,
+            findings_left_out: contents.findings_left_out,
+            rehearses: contents.rehearses,
             frozen_monotonic_ns: contents.frozen_monotonic_ns,
             frozen_wall_ns: contents.frozen_wall_ns,
             build_millis: contents.build_millis,

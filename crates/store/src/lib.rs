@@ -11,10 +11,12 @@
 #![forbid(unsafe_code)]
 
 mod building;
+mod finding;
 mod lock;
 mod manifest;
 
 pub use building::{Building, Contents};
+pub use finding::{Finding, FoundProcess};
 pub use lock::Holder;
 pub use manifest::{Manifest, ManifestError};
 
@@ -66,6 +68,14 @@ pub enum StoreError {
         tag: Tag,
         /// Who.
         holder: Holder,
+    },
+    /// Something needs it to come back.
+    #[error("template {tag} is what {by} come back from; resume or kill them first (see `offshoot ls`)")]
+    InUse {
+        /// The tag.
+        tag: Tag,
+        /// Who.
+        by: String,
     },
     /// The template is there and can not be used.
     #[error("template {tag} can not be used: {source}; remove it with `offshoot rmi {tag}` and build it again")]
@@ -199,10 +209,24 @@ impl Store {
     /// # Errors
     /// [`StoreError::NotFound`], [`StoreError::Locked`].
     pub fn remove(&self, tag: &Tag) -> Result<(), StoreError> {
+        self.remove_unless(tag, |_| None)
+    }
+
+    /// The same, unless somebody needs the template of this id: `in_use` says who, while nobody else can do anything with the tag.
+    ///
+    /// # Errors
+    /// As [`remove`](Self::remove); [`StoreError::InUse`].
+    pub fn remove_unless(&self, tag: &Tag, in_use: impl FnOnce(&str) -> Option<String>) -> Result<(), StoreError> {
         let _lock = TagLock::exclusive(&self.locks, tag)?;
         let dir = self.dir(tag);
         if !dir.exists() {
             return Err(StoreError::NotFound { tag: tag.clone() });
+        }
+        // One whose manifest can not be read is of use to nobody.
+        if let Ok(manifest) = Manifest::read(&dir, tag)
+            && let Some(by) = in_use(&manifest.id)
+        {
+            return Err(StoreError::InUse { tag: tag.clone(), by });
         }
         // Out of sight in one step: a crash from here on leaves a leftover, never half a template.
         let removing = self.templates.join(format!("{REMOVING}{}", building::random_id()?));

@@ -10,14 +10,14 @@ use std::{
 
 use engine::{EngineInfo, Machine};
 use identity::{
-    Tag,
+    EnvName, Tag,
     mailbox::{MAX_CAPACITY, PAGE_SIZE, PAYLOAD_PER_PAGE},
 };
 use memory::{Ambiguous, Mailbox};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::{MANIFEST, MEMORY, ROOT_IMAGE, STATE};
+use crate::{Finding, MANIFEST, MEMORY, ROOT_IMAGE, STATE};
 
 /// A manifest has some kilobytes.
 const MAX_MANIFEST: u64 = 1 << 20;
@@ -48,18 +48,35 @@ pub struct Manifest {
     pub ambiguous: Vec<Ambiguous>,
     /// Questions to the warmed runtime whose answers must differ in every fork: name → code.
     pub probes: BTreeMap<String, String>,
+    /// Variables that a fork's caller may set though they decide which code programs run.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub allow_env: BTreeSet<EnvName>,
     /// What the template itself showed: host name, machine-id… and its answers to the probes.
     pub facts: BTreeMap<String, String>,
-    /// What the audit at the capture found.
+    /// What was noticed at the capture, a line of text each, the findings of the audit among it.
     pub warnings: Vec<String>,
+    /// What the audit at the capture found, at most 64. Older templates were audited less, and have none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub findings: Vec<Finding>,
+    /// How many more it found.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub findings_left_out: u32,
     /// The guest's `CLOCK_MONOTONIC` when its workload was frozen.
     pub frozen_monotonic_ns: u64,
     /// The guest's `CLOCK_REALTIME` when its workload was frozen.
     pub frozen_wall_ns: u64,
+    /// Whether its guest knows rehearsals: those of older templates do not.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub rehearses: bool,
     /// What the build took.
     pub build_millis: u64,
     /// Sizes of its files in bytes.
     pub files: BTreeMap<String, u64>,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // As serde calls it.
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// Why a manifest can not be used.

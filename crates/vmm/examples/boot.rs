@@ -105,8 +105,13 @@ fn main() -> Result<(), Failure> {
         let prepared = Prepared::new(kvm::open(None)?, config)?;
         let ready = begun.elapsed();
         let begun = Instant::now();
-        let mut copy =
-            prepared.restore(&Snapshot::decode(&state)?, &memory, devices, &offshoot_vmm::machine::Ready::default())?;
+        let mut copy = prepared.restore(
+            &Snapshot::decode(&state)?,
+            &memory,
+            None,
+            devices,
+            &offshoot_vmm::machine::Ready::default(),
+        )?;
         let restored = begun.elapsed();
         copy.resume();
         let running = begun.elapsed();

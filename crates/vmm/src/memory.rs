@@ -10,11 +10,12 @@
 
 use std::{fs::File, io};
 
+use ::memory::{Delta, DeltaError};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise};
 use thiserror::Error;
 use vm_memory::{
-    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
-    mmap::MmapRegionError,
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollectionError, GuestRegionMmap,
+    MmapRegion, mmap::MmapRegionError,
 };
 
 use crate::layout::{HIGH_RAM_START, LOW_RAM_END, PAGE_BYTES};
@@ -87,6 +88,24 @@ pub fn reserve(bytes: u64) -> Result<GuestMemory, MemoryError> {
         }
     }
     Ok(GuestMemory::from_regions(regions)?)
+}
+
+/// Writes what a captured fork had for itself into memory that is a private mapping of its template's.
+///
+/// # Errors
+/// [`DeltaError::Read`], [`DeltaError::Write`], after which the memory must not be used.
+pub fn put_above(memory: &GuestMemory, own: &Delta) -> Result<(), DeltaError> {
+    own.apply_with(|offset, pages| {
+        let below = usize::try_from(LOW_RAM_END.saturating_sub(offset)).unwrap_or(usize::MAX).min(pages.len());
+        let (low, high) = pages.split_at(below);
+        for (offset, part) in [(offset, low), (offset + below as u64, high)] {
+            if !part.is_empty() {
+                let at = address_of(offset, part.len() as u64).ok_or(io::ErrorKind::InvalidInput)?;
+                memory.write_slice(part, at).map_err(io::Error::other)?;
+            }
+        }
+        Ok(())
+    })
 }
 
 /// Puts the file in the place of reserved memory (or of another file's).

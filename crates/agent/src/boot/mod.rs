@@ -75,7 +75,7 @@ pub fn boot(freeze: Freeze) -> Result<Arc<AgentState>, BootError> {
     rustix::process::umask(Mode::empty());
     rustix::system::sethostname(TEMPLATE_HOSTNAME.as_bytes()).map_err(step("set the template's host name"))?;
     let (mounts, root) = mounts::workload_namespace()?;
-    let place = Place { mounts, root, cgroup: workload_cgroup()?, program: own_program()? };
+    let place = Place { mounts, root, cgroup: workload_cgroup()?, hooks: hooks_cgroup()?, program: own_program()? };
     let reaper = Reaper::start().map_err(step("start the reaper"))?;
     let keeper = Keeper::new(ack_port, &place).map_err(step("prepare the keeper"))?;
     let state = AgentState::new(Workload::new(place, reaper), keeper, freeze);
@@ -99,6 +99,10 @@ fn workload_cgroup() -> Result<Cgroup, BootError> {
         let _ = ready.write("cpu.max", "100000 100000");
     }
     root.child("workload").map_err(step("make the workload's cgroup"))
+}
+
+fn hooks_cgroup() -> Result<Cgroup, BootError> {
+    Cgroup::create(cgroup::MOUNT).and_then(|root| root.child("hooks")).map_err(step("make the hooks' cgroup"))
 }
 
 fn own_program() -> Result<OwnedFd, BootError> {

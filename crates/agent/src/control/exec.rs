@@ -31,7 +31,7 @@ use tonic::{Status, Streaming};
 
 use crate::{
     state::AgentState,
-    workload::{Console, Process, Program, Start, StartError},
+    workload::{Among, Console, Process, Program, Start, StartError},
 };
 
 /// Bytes of output per message.
@@ -117,6 +117,8 @@ impl Running {
             workdir: command.workdir,
             user: command.user,
             console: Console::Pipes([None, None, None]),
+            inherited: None,
+            place: Among::Workload,
         };
         if command.tty {
             start.env.entry("TERM".into()).or_insert_with(|| "xterm".into());

@@ -1,6 +1,7 @@
 //! The control channels: the host's requests, over gRPC, on every port `offshoot.ctl.N`.
 
 mod exec;
+mod forward;
 mod port;
 mod server;
 mod tool;
@@ -18,6 +19,12 @@ pub use tool::tool;
 
 /// Most bytes of one request.
 const MAX_REQUEST: usize = 8 << 20;
+/// Bytes that one stream, and all of a channel, may be ahead of whoever takes them in the guest: one that takes nothing must not keep the others
+/// waiting.
+const STREAM_WINDOW: u32 = 128 << 10;
+const CONNECTION_WINDOW: u32 = 16 << 20;
+/// Most requests at once on one channel.
+const MAX_STREAMS: u32 = 1024;
 /// Most ports that are looked for; the host makes eight.
 const MAX_PORTS: usize = 16;
 
@@ -54,7 +61,13 @@ async fn serve_incoming(
 ) -> Result<(), tonic::transport::Error> {
     let service = AgentServer::new(server::Service::new(Arc::clone(state))).max_decoding_message_size(MAX_REQUEST);
     let incoming = ReceiverStream::new(incoming).map(Ok::<_, io::Error>);
-    Server::builder().add_service(service).serve_with_incoming(incoming).await
+    Server::builder()
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_concurrent_streams(MAX_STREAMS)
+        .add_service(service)
+        .serve_with_incoming(incoming)
+        .await
 }
 
 #[cfg(test)]

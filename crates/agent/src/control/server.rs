@@ -7,18 +7,24 @@ use std::{
 };
 
 use guest_api::proto::{
-    EvalReply, EvalRequest, ExecInput, ExecOutput, LogChunk, LogsRequest, PingReply, PingRequest, PlantedMailbox,
-    QuiesceReply, QuiesceRequest, ReconfigureNetworkReply, ReconfigureNetworkRequest, Step, WarmEvent, WarmRequest,
-    agent_server::Agent,
+    self, EvalReply, EvalRequest, ExecInput, ExecOutput, Finding, ForwardInput, ForwardOutput, LogChunk, LogsRequest,
+    PingReply, PingRequest, PlantedMailbox, QuiesceReply, QuiesceRequest, ReconfigureNetworkReply,
+    ReconfigureNetworkRequest, Step, WarmEvent, WarmRequest, agent_server::Agent,
 };
 use identity::Network;
 use tokio::sync::mpsc;
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 
-use super::exec;
+use super::{
+    exec,
+    forward::{self, Destination},
+};
 use crate::{
-    keeper::{self, ReconfigureError},
+    boot::mounts,
+    endpoint,
+    keeper::{self, Findings, ReconfigureError, audit},
+    payload::Expected,
     state::{AgentState, Phase},
 };
 
@@ -46,6 +52,28 @@ impl Service {
             phase => Err(Status::failed_precondition(format!("the sandbox is {}", phase.as_str()))),
         }
     }
+
+    /// What forks will be told besides, and where.
+    #[allow(clippy::result_large_err)] // tonic's own error type.
+    fn expect(&self, expected: &proto::Expected) -> Result<(), Status> {
+        let port = u16::try_from(expected.port).map_err(|_| Status::invalid_argument("a port is at most 65535"))?;
+        let parsed = Expected::parse(expected).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        if !self.state.expect(parsed) {
+            return Err(Status::failed_precondition("the template was warmed before; build a new one"));
+        }
+        let path = format!("{}/identity.sock", mounts::IDENTITY);
+        endpoint::start(&self.state, &path, port)
+            .map_err(|error| Status::aborted(format!("the identity endpoint could not be opened: {error}")))
+    }
+}
+
+fn told(finding: audit::Finding) -> Finding {
+    let (pid, process, service) = match finding.process {
+        Some(owner) => (owner.pid, owner.name, owner.service.unwrap_or_default()),
+        None => Default::default(),
+    };
+    let kind = finding.kind.as_str().into();
+    Finding { kind, pid, process, service, reason: finding.reason, cure: finding.cure.into_owned() }
 }
 
 #[tonic::async_trait]
@@ -69,6 +97,10 @@ impl Agent for Service {
         if self.state.phase() != Phase::Template {
             return Err(Status::failed_precondition("only a template can be warmed"));
         }
+        let request = request.into_inner();
+        if let Some(expected) = &request.expected {
+            self.expect(expected)?;
+        }
         let (events, replies) = mpsc::channel(64);
         let supervisor = Arc::clone(self.state.supervisor());
         tokio::task::spawn_blocking(move || {
@@ -76,7 +108,7 @@ impl Agent for Service {
                 // Who does not listen misses it; the warm-up goes on.
                 let _ = events.blocking_send(Ok(WarmEvent { message, done: false }));
             };
-            let last = match supervisor.warm(request.into_inner(), note) {
+            let last = match supervisor.warm(request, note) {
                 Ok(()) => Ok(WarmEvent { message: "ready".into(), done: true }),
                 Err(error) => Err(Status::aborted(error.to_string())),
             };
@@ -87,8 +119,11 @@ impl Agent for Service {
 
     async fn quiesce(&self, request: Request<QuiesceRequest>) -> Result<Response<QuiesceReply>, Status> {
         let state = Arc::clone(&self.state);
-        let timeout = Duration::from_millis(u64::from(request.into_inner().timeout_ms.clamp(1, 600_000)));
-        let quiesced = tokio::task::spawn_blocking(move || keeper::quiesce(&state, timeout))
+        let QuiesceRequest { timeout_ms, seal_key } = request.into_inner();
+        let timeout = Duration::from_millis(u64::from(timeout_ms.clamp(1, 600_000)));
+        let seal_key = if seal_key.is_empty() { None } else { Some(seal_key.as_slice().try_into()) };
+        let seal_key = seal_key.transpose().map_err(|_| Status::invalid_argument("the key has 32 bytes"))?;
+        let quiesced = tokio::task::spawn_blocking(move || keeper::quiesce(&state, seal_key, timeout))
             .await
             .map_err(|error| Status::internal(error.to_string()))?
             .map_err(|error| Status::failed_precondition(error.to_string()))?;
@@ -98,11 +133,26 @@ impl Agent for Service {
             capacity: u32::try_from(planted.capacity).unwrap_or(u32::MAX),
             planted_by: planted.planted_by.into(),
         });
+        let (findings, left_out) = quiesced.audit.clone().map(Findings::finish).unwrap_or_default();
         Ok(Response::new(QuiesceReply {
             mailboxes: mailboxes.collect(),
             frozen_wall_ns: quiesced.frozen_wall_ns,
             frozen_monotonic_ns: quiesced.frozen_monotonic_ns,
             warnings: quiesced.warnings,
+            audited: quiesced.audit.is_some(),
+            findings_left_out: u32::try_from(left_out).unwrap_or(u32::MAX),
+            findings: findings.into_iter().map(told).collect(),
+            can_rehearse: quiesced.can_rehearse,
+            sealed: u32::try_from(quiesced.sealed).unwrap_or(u32::MAX),
+            steps: quiesced
+                .steps
+                .into_iter()
+                .map(|(name, time)| Step {
+                    name: name.into(),
+                    outcome: String::new(),
+                    micros: u64::try_from(time.as_micros()).unwrap_or(u64::MAX),
+                })
+                .collect(),
         }))
     }
 
@@ -142,6 +192,22 @@ impl Agent for Service {
         let supervisor = Arc::clone(self.state.supervisor());
         let reply = tokio::task::spawn_blocking(move || supervisor.eval(&code, timeout_ms)).await;
         reply.map(Response::new).map_err(|error| Status::internal(error.to_string()))
+    }
+
+    type ForwardStream = Replies<ForwardOutput>;
+
+    async fn forward(
+        &self,
+        request: Request<Streaming<ForwardInput>>,
+    ) -> Result<Response<Self::ForwardStream>, Status> {
+        let mut input = request.into_inner();
+        let to = forward::destination(&mut input).await?;
+        // A payload may come while its fork takes on its identity.
+        if to != Destination::Identity || self.state.phase() == Phase::Quiesced {
+            self.check_running()?;
+        }
+        let replies = forward::start(&self.state, to, input).await?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
     }
 
     type LogsStream = Replies<LogChunk>;

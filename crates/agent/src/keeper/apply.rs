@@ -10,7 +10,7 @@ use std::{
 
 use identity::{AckKey, Action, ClockNanos, Document, Step};
 
-use super::{Parts, Prepared, identity_dir, kernel, network};
+use super::{Parts, Prepared, fork_marks::ForkMarks, identity_dir, kernel, network};
 use crate::state::{AgentState, Identity, Phase};
 
 /// What was done, in order.
@@ -50,7 +50,7 @@ impl Log {
 /// A fork that seems to have been busy for longer has a clock that did not stand still while nothing ran.
 const BUSY_AT_MOST: Duration = Duration::from_secs(30);
 
-/// Everything before the thaw, and the thaw. The guest was captured at `captured` on its own clock, which stood still
+/// Everything before the thaw, and the thaw, which a rehearsal does not come to. The guest was captured at `captured` on its own clock, which stood still
 /// until it ran again.
 pub(super) fn until_thaw(
     state: &Arc<AgentState>,
@@ -70,16 +70,43 @@ pub(super) fn until_thaw(
     log.step("entropy", || parts.kernel.add_entropy(document.entropy.expose()))?;
     document.entropy.wipe();
     match document.action {
-        Action::Become => take_on(state, parts, prepared, document, key, log)?,
+        Action::Rehearse if prepared.captured.is_none() => {
+            return Err(Failed("this guest can not put back what a rehearsal changes".to_owned()));
+        }
+        Action::Become | Action::Rehearse => {
+            if let Some(expected) = state.expected() {
+                expected.complete(document);
+            }
+            take_on(state, parts, prepared, document, key, log)?;
+        }
         Action::Continue => {
             log.step("files", || std::mem::take(&mut prepared.blanks).put_back(parts).map(|()| "kept".into()))?;
             parts.handoff.restore(log)?;
+            if let Some(sealed) = prepared.sealed.take() {
+                let count = sealed.count();
+                log.step("secrets", || {
+                    sealed.open(&parts.identity, document.unseal()).map(|()| counted(count, "-opened"))
+                })?;
+            }
         }
+    }
+    // A rehearsal draws nothing.
+    if !prepared.fork_marks.is_empty() && document.action != Action::Rehearse {
+        let marks = std::mem::take(&mut prepared.fork_marks);
+        log.step("fork-marks", || {
+            marks.iter().try_for_each(ForkMarks::wipe).map(|()| counted(marks.len(), "-processes-wiped"))
+        })?;
+    }
+    if document.action == Action::Become {
+        log.steps.extend(state.supervisor().hooks_before_thaw().map_err(Failed)?);
     }
     let started = Instant::now();
     if let Some(outcome) = state.supervisor().before_thaw() {
         let micros = u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX);
         log.steps.push(Step { name: "runtime-memory".into(), outcome: outcome.into(), micros });
+    }
+    if document.action == Action::Rehearse {
+        return Ok(());
     }
     log.step("thaw", || {
         // From here on processes may be started again: they are started as the new identity.
@@ -110,7 +137,8 @@ fn take_on(
     log.step("machine-id", || -> io::Result<_> {
         let line = [fork.machine_id.as_str(), "\n"].concat();
         blanks.machine_id(&parts.root, &line)?;
-        if prepared.dbus_machine_id {
+        // It is replaced, not filled: no rehearsal could put it back.
+        if prepared.dbus_machine_id && document.action == Action::Become {
             parts.root.write(DBUS_MACHINE_ID, 0o444, line.as_bytes())?;
         }
         Ok("set".into())
@@ -120,8 +148,10 @@ fn take_on(
     let before = state.identity().map(|identity| identity.limits).unwrap_or_default();
     log.step("limits", || kernel::set_limits(&parts.cgroup, before, document.limits))?;
     log.step("identity-dir", || -> io::Result<_> {
-        let entries = identity_dir::plan(document);
+        let payload = state.expected().and_then(|expected| expected.payload_of(&document.labels)).unwrap_or_default();
+        let entries = identity_dir::plan(document, &payload);
         prepared.written = parts.identity.write(&prepared.written, &entries, blanks.identity())?;
+        prepared.sealed = None;
         Ok(counted(entries.len(), "-files"))
     })?;
     if !document.files.is_empty() {
@@ -146,7 +176,7 @@ fn take_on(
     // Closing takes its time, and nobody waits for it: at the next capture, or never.
     prepared.filled = blanks;
     log.step("environment", || -> Result<_, io::Error> {
-        state.set_identity(Arc::new(Identity::of(document)));
+        state.set_identity(Arc::new(Identity::of(document, state.expected().map(Arc::as_ref))));
         Ok(counted(document.env.len(), "-variables"))
     })
 }

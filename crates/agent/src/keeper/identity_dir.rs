@@ -1,13 +1,13 @@
 //! What stands in `/run/offshoot`: one raw value a file, without a newline at its end.
 
-use std::{io, os::fd::OwnedFd};
+use std::{collections::BTreeMap, io, os::fd::OwnedFd};
 
-use identity::Document;
+use identity::{Document, EnvName, ForkIdentity};
 use rustix::fs::{Mode, OFlags};
 use zeroize::Zeroizing;
 
 use super::root::{Root, fill, reserve};
-use crate::service::push_object;
+use crate::{payload::Payload, service::push_object, state::Identity};
 
 /// One file of the identity directory.
 #[derive(Debug, PartialEq, Eq)]
@@ -21,12 +21,11 @@ pub struct Entry {
 }
 
 /// The files that every identity has.
-const EVERY: [&str; 8] =
+pub(super) const EVERY: [&str; 8] =
     ["id", "name", "hostname", "template", "machine-id", "boot-id", "labels.json", "identity.json"];
 
 /// `identity.json`: everything but secrets, for programs that would rather read one file.
-fn identity_json(document: &Document, labels: &str) -> String {
-    let fork = &document.fork;
+fn identity_json(fork: &ForkIdentity, labels: &str, env: &BTreeMap<EnvName, String>, payload: &Payload) -> String {
     let mut json = String::with_capacity(1024);
     let members = [
         ("id", fork.id.as_str()),
@@ -41,14 +40,18 @@ fn identity_json(document: &Document, labels: &str) -> String {
     json.push_str(",\"labels\":");
     json.push_str(labels);
     json.push_str(",\"env\":");
-    push_object(&mut json, document.env.iter().map(|(name, value)| (name.as_str(), value.as_str())));
+    push_object(&mut json, env.iter().map(|(name, value)| (name.as_str(), value.as_str())));
+    if !payload.is_empty() {
+        json.push_str(",\"fields\":");
+        push_object(&mut json, payload.iter().map(|(name, value)| (name.as_str(), value.as_str())));
+    }
     json.push('}');
     json
 }
 
-/// The files that a document makes.
+/// The files that a document makes, with the payload that came with it.
 #[must_use]
-pub fn plan(document: &Document) -> Vec<Entry> {
+pub fn plan(document: &Document, payload: &Payload) -> Vec<Entry> {
     let fork = &document.fork;
     let entry = |path: String, mode, content: &[u8]| Entry { path, mode, content: Zeroizing::new(content.to_vec()) };
     let public = |name: &str, value: &str| entry(name.to_owned(), 0o444, value.as_bytes());
@@ -68,7 +71,7 @@ pub fn plan(document: &Document) -> Vec<Entry> {
     let secrets =
         document.secrets.iter().map(|(name, value)| entry(["secrets/", name.as_str()].concat(), 0o400, value.expose()));
     entries.extend(secrets);
-    entries.push(public("identity.json", &identity_json(document, &labels)));
+    entries.push(public("identity.json", &identity_json(fork, &labels, &document.env, payload)));
     entries
 }
 
@@ -95,6 +98,22 @@ impl Directory {
             env: open(format!("{path}/env"))?,
             secrets: open(format!("{path}/secrets"))?,
         })
+    }
+
+    /// Reads one of its files.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn read(&self, path: &str) -> io::Result<Vec<u8>> {
+        self.top.read(path)
+    }
+
+    /// Writes over one of its files, in place: its memory does not keep what was there. As long as what was there.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn overwrite(&self, path: &str, content: &[u8]) -> io::Result<()> {
+        self.top.overwrite(path, content)
     }
 
     /// Makes the files that every identity has, empty, for [`Self::write`] to fill.
@@ -148,6 +167,28 @@ impl Directory {
     }
 }
 
+impl Directory {
+    /// Writes what an identity's payload adds. Answers with the files of it that there were not before.
+    ///
+    /// # Errors
+    /// The file that could not be written.
+    pub fn complete(&self, identity: &Identity, payload: &Payload, before: &[String]) -> io::Result<Vec<String>> {
+        let mut new = Vec::new();
+        for (name, value) in &identity.env {
+            let path = ["env/", name.as_str()].concat();
+            if !before.contains(&path) {
+                self.env.write(name.as_str(), 0o444, value.as_bytes()).map_err(|error| named(&path, &error))?;
+                new.push(path);
+            }
+        }
+        let mut labels = String::new();
+        push_object(&mut labels, identity.labels.iter().map(|(name, value)| (name.as_str(), value.as_str())));
+        let json = identity_json(&identity.fork, &labels, &identity.env, payload);
+        self.top.write("identity.json", 0o444, json.as_bytes()).map_err(|error| named("identity.json", &error))?;
+        Ok(new)
+    }
+}
+
 fn named(path: &str, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{path}: {error}"))
 }
@@ -172,7 +213,7 @@ pub(super) mod tests {
 
     #[test]
     fn i12_values_are_raw_and_have_no_newline() {
-        let entries = plan(&document("worker-7"));
+        let entries = plan(&document("worker-7"), &Payload::new());
         let content = |path: &str| entries.iter().find(|e| e.path == path).map(|e| (&e.content[..], e.mode));
         assert_eq!(content("id"), Some((&b"0123456789abcdef0123"[..], 0o444)));
         assert_eq!(content("hostname"), Some((&b"worker-7"[..], 0o444)));
@@ -184,7 +225,7 @@ pub(super) mod tests {
 
     #[test]
     fn i15_a_secret_is_in_its_own_file_and_nowhere_else() {
-        let entries = plan(&document("a"));
+        let entries = plan(&document("a"), &Payload::new());
         let with: Vec<_> = entries.iter().filter(|e| e.content.windows(7).any(|w| w == b"hunter2")).collect();
         assert_eq!(with.iter().map(|e| (e.path.as_str(), e.mode)).collect::<Vec<_>>(), [("secrets/KEY", 0o400)]);
     }
@@ -196,11 +237,11 @@ pub(super) mod tests {
             std::fs::create_dir_all(path.join(folder)).unwrap();
         }
         let directory = Directory::open(path.to_str().unwrap()).unwrap();
-        let first = directory.write(&[], &plan(&document("a")), &directory.blanks()).unwrap();
+        let first = directory.write(&[], &plan(&document("a"), &Payload::new()), &directory.blanks()).unwrap();
         let mut second = document("b");
         second.env.clear();
         second.secrets.clear();
-        directory.write(&first, &plan(&second), &[]).unwrap();
+        directory.write(&first, &plan(&second, &Payload::new()), &[]).unwrap();
         assert_eq!(std::fs::read_to_string(path.join("name")).unwrap(), "b");
         assert!(!path.join("env/API_URL").exists());
         assert!(!path.join("secrets/KEY").exists());

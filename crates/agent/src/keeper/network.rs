@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use identity::{Ack, AckKey, Document, MailboxName, Network as Section, Stage, Step, ack};
+use identity::{Ack, AckKey, Action, Document, MailboxName, Network as Section, Stage, Step, ack};
 use thiserror::Error;
 
 use super::{
@@ -85,6 +85,12 @@ impl Handoff {
         self.network.quiesce(end_connections)
     }
 
+    /// After a rehearsal: what the capture had taken is taken again, and nothing is sent any more.
+    pub(super) fn take_back(&self) -> Result<(), NetworkError> {
+        self.acks.recall();
+        self.network.take_back()
+    }
+
     /// What the capture took is given back, where nothing was captured, or to the source of a branch.
     pub(super) fn restore(&self, log: &mut Log) -> Result<(), Failed> {
         if self.network.applied().is_none() {
@@ -122,6 +128,8 @@ pub(super) fn take_on(
     });
     match tried {
         Ok(()) => Ok(()),
+        // It is tried for the next spare, or by the fork itself.
+        Err(failed) if document.action == Action::Rehearse => Err(failed),
         Err(Failed(reason)) => wait_for_the_host(state, parts, document, key, log, reason),
     }
 }
@@ -226,7 +234,8 @@ impl Parts {
     pub(super) fn send_datagram(&self, document: Option<&Document>, ack: &Ack, key: &AckKey) {
         let Some(to) = document.and_then(|document| document.network.as_ref()?.ack) else { return };
         let line = ack.to_datagram(key);
-        if ack.stage == Stage::Applied
+        // Nobody listens to a rehearsal's, nor confirms it.
+        if matches!(ack.stage, Stage::Applied | Stage::Rehearsed)
             && let Some(confirmation) = ack::confirmation(line.as_bytes(), key)
         {
             self.handoff.acks.send(Letter { line, confirmation, to });

@@ -58,6 +58,19 @@ impl Pages {
         mailbox::arm(self.pages_mut(), name, token, nonce, capacity, true)
     }
 
+    /// Makes the pages, whose payload was taken, the armed mailbox that they were before: same name, same nonce.
+    ///
+    /// # Errors
+    /// If they have never been one.
+    pub fn arm_again(&mut self) -> Result<(), MailboxError> {
+        let [first, ..] = self.pages_mut() else { return Err(MailboxError::NotAMailbox) };
+        let header = mailbox::Header::parse(first)?;
+        if header.state != State::Taken {
+            return Err(MailboxError::State("taken"));
+        }
+        mailbox::arm(self.pages_mut(), &header.name, &header.token, header.nonce, header.capacity, header.by_agent)
+    }
+
     /// Whether the host has filled the mailbox. Cheap enough to spin on.
     #[must_use]
     pub fn is_filled(&self) -> bool {
@@ -138,6 +151,23 @@ mod tests {
         assert_eq!(key.expose(), &[7; 32]);
         assert!(pages.pages_mut().iter().all(|page| page[offset::PAYLOAD_LEN..].iter().all(|&byte| byte == 0)));
         assert!(pages.take().unwrap().is_none(), "a taken mailbox is not taken twice");
+    }
+
+    #[test]
+    fn a_taken_mailbox_is_armed_again_as_it_was_and_no_other() {
+        let mut pages = Pages::new(10_000).unwrap();
+        assert!(pages.arm_again().is_err(), "it was no mailbox yet");
+        pages.arm(&MailboxName::identity(), b"", fresh_nonce().unwrap(), 10_000).unwrap();
+        let before = pages.pages_mut().to_vec();
+        assert!(pages.arm_again().is_err(), "it is armed");
+        for payload in [&b"a rehearsal"[..], &[b'x'; 9_000]] {
+            write(&mut pages, payload);
+            assert!(pages.arm_again().is_err(), "nobody has taken it");
+            assert_eq!(pages.take().unwrap().unwrap().0.expose(), payload);
+            pages.arm_again().unwrap();
+            assert!(pages.pages_mut() == before, "byte for byte what was captured");
+        }
+        assert!(pages.take().unwrap().is_none());
     }
 
     #[test]

@@ -3,8 +3,8 @@
 use std::{fs, io, os::fd::OwnedFd};
 
 use super::{
-    Parts, Prepared, apply,
-    root::{Root, fill},
+    Parts, Prepared, apply, identity_dir,
+    root::{Root, fill, reserve},
 };
 use crate::{cgroup, console, network::RESOLV_CONF};
 
@@ -17,6 +17,7 @@ pub(super) struct Blanks {
     identity: Vec<(String, OwnedFd)>,
     /// [`RESOLV_CONF`], where there is a card.
     resolv_conf: Option<Own>,
+    has_card: bool,
 }
 
 /// One that carries the machine's own name or id.
@@ -39,6 +40,13 @@ impl Own {
     }
 }
 
+/// Makes a file as blank as it was before it was filled.
+fn empty(file: &OwnedFd) -> io::Result<()> {
+    rustix::fs::ftruncate(file, 0)?;
+    reserve(file);
+    Ok(())
+}
+
 const OWN: [(&str, u32); 3] = [("/etc/hostname", 0o644), ("/etc/hosts", 0o644), ("/etc/machine-id", 0o444)];
 
 impl Blanks {
@@ -56,8 +64,9 @@ impl Blanks {
         };
         // Later ones replace the files there are.
         let identity = if first_identity { parts.identity.blanks() } else { Vec::new() };
-        let resolv_conf = if parts.handoff.network.has_card() { open((RESOLV_CONF, 0o644)) } else { None };
-        Self { own: OWN.map(open), identity, resolv_conf }
+        let has_card = parts.handoff.network.has_card();
+        let resolv_conf = if has_card { open((RESOLV_CONF, 0o644)) } else { None };
+        Self { own: OWN.map(open), identity, resolv_conf, has_card }
     }
 
     pub(super) fn hostname(&self, root: &Root, content: &str) -> io::Result<()> {
@@ -87,6 +96,19 @@ impl Blanks {
             Some(own) => own.fill(content),
             None => root.write(OWN[which].0, OWN[which].1, content.as_bytes()),
         }
+    }
+
+    /// Whether an identity finds all that it fills: it changes no other file then.
+    pub(super) fn are_complete(&self) -> bool {
+        self.own.iter().all(Option::is_some)
+            && self.identity.len() == identity_dir::EVERY.len()
+            && (self.resolv_conf.is_some() || !self.has_card)
+    }
+
+    /// Makes all of them blank again.
+    pub(super) fn empty(&self) -> io::Result<()> {
+        let own = self.own.iter().flatten().chain(&self.resolv_conf).map(|own| &own.file);
+        own.chain(self.identity.iter().map(|(_, file)| file)).try_for_each(empty)
     }
 
     /// Everything as it was.
@@ -162,8 +184,25 @@ fn resume_mapping(line: &str) -> Option<(usize, usize)> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_a_rehearsal_has_filled_is_blank_again() {
+        let folder = std::env::temp_dir().join(format!("offshoot-blank-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let path = folder.join("name");
+        let file = OwnedFd::from(fs::File::create(&path).unwrap());
+        fill(&file, b"rehearsal-with-a-long-name").unwrap();
+        fill(&file, b"a").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"aehearsal-with-a-long-name", "why it is emptied");
+        empty(&file).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"");
+        fill(&file, b"a").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"a");
+        fs::remove_dir_all(folder).unwrap();
+    }
 
     #[test]
     fn only_the_program_and_its_heap_are_locked() {

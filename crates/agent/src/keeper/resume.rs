@@ -15,23 +15,37 @@ use super::{
     apply::{self, Failed, Log},
     lock,
     pages::Pages,
+    rehearsal,
     tick::Tick,
 };
 use crate::{
     console,
     state::{AgentState, Phase},
-    workload::{Console, Program, Start},
+    workload::{Among, Console, Program, Start},
 };
 
 /// How long the host may take to read an ack. Its own deadline is shorter.
 const ACK_DEADLINE: Duration = Duration::from_secs(30);
 
-/// While nothing else has wanted the CPU for this long, the quiesce's answer is out, and the host has closed its channel.
-const UNDISTURBED: Duration = Duration::from_millis(30);
+/// What is taken for rest before a capture.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Rest {
+    /// Nothing else has wanted the CPU for this long.
+    undisturbed: Duration,
+    /// And this often the thread has given way in vain: a host that stops the machine for that long must not look like rest, and a
+    /// thread that has just woken is let run on for some milliseconds (2 µs each, emulated) though it gives way.
+    yields: u32,
+    /// How long the thread spins before it gives way again. A capture begins at once.
+    capture_within: Duration,
+}
 
-/// And this often it has given way in vain: a host that stops the machine for that long must not look like rest, and a
-/// thread that has just woken is let run on for some milliseconds (2 µs each, emulated) though it gives way.
-const YIELDS: u32 = 10_000;
+/// The quiesce's answer is out, and the host has closed its channel: every fork of the template is spared what would follow.
+pub(super) const OF_TEMPLATE: Rest =
+    Rest { undisturbed: Duration::from_millis(30), yields: 10_000, capture_within: Duration::from_secs(2) };
+
+/// A fork's workload is held up meanwhile, and few are made of it, if any. If the answer was not out, it is after the first spin.
+pub(super) const OF_FORK: Rest =
+    Rest { undisturbed: Duration::from_millis(10), yields: 3_000, capture_within: Duration::from_millis(200) };
 
 /// Most time for that. Where others never rest, forks are only later.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -40,8 +54,6 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const SPINS: usize = 4096;
 /// And this often it looks between two looks at the clock.
 const SPINS_A_READING: usize = 16;
-/// How long the thread spins before it gives way again. A capture begins at once.
-const CAPTURE_WITHIN: Duration = Duration::from_secs(2);
 
 /// Says on the ack port that from now on this thread only waits for its identity: the host captures then.
 const ARMED: &str = "offshoot-armed";
@@ -56,16 +68,25 @@ const HOST_KEYS_DEADLINE: Duration = Duration::from_secs(20);
 pub(super) fn run(state: &Arc<AgentState>, parts: &Parts) {
     loop {
         let mut armed = lock(&parts.armed);
-        while !*armed {
-            armed = parts.armed_changed.wait(armed).unwrap_or_else(PoisonError::into_inner);
-        }
-        *armed = false;
+        let rest = loop {
+            match armed.take() {
+                Some(rest) => break rest,
+                None => armed = parts.armed_changed.wait(armed).unwrap_or_else(PoisonError::into_inner),
+            }
+        };
         drop(armed);
         touch_stack();
         touch_heap();
-        let captured = wait_until_filled(state, parts);
-        answer(state, parts, captured);
+        while let Next::Wait = answer(state, parts, wait_until_filled(state, parts, rest)) {}
     }
+}
+
+/// What follows an answer.
+enum Next {
+    /// The mailbox is armed again.
+    Wait,
+    /// Nothing, until the next capture.
+    Run,
 }
 
 /// Spins: the capture stops the guest within milliseconds, and a fork then goes on right here, with nothing between it
@@ -74,18 +95,18 @@ pub(super) fn run(state: &Arc<AgentState>, parts: &Parts) {
 ///
 /// Returns the time of the capture on the guest's own clock, which stands still from there until the fork runs: what has
 /// passed on it since is what the fork has been busy with.
-fn wait_until_filled(state: &AgentState, parts: &Parts) -> Instant {
+fn wait_until_filled(state: &AgentState, parts: &Parts, rest: Rest) -> Instant {
     let own = lock(&parts.own);
     let mut told = false;
     while !own.is_filled() {
-        let_others_go_first(&own);
+        let_others_go_first(&own, rest);
         // Before the host is told: it captures at once, and a fork goes on where that was.
         right_of_way(state, true);
         if !told && let Err(error) = parts.ack.send(ARMED, Instant::now() + ACK_DEADLINE) {
             console::warn(&format!("the host could not be told that the agent is armed: {error}"));
         }
         told = true;
-        if let Some(captured) = spin(&own, parts.tick.as_ref()) {
+        if let Some(captured) = spin(&own, parts.tick.as_ref(), rest.capture_within) {
             return captured;
         }
         if let Some(tick) = &parts.tick {
@@ -98,7 +119,7 @@ fn wait_until_filled(state: &AgentState, parts: &Parts) -> Instant {
 
 /// Gives way until nobody wants the CPU any more. That is seen by the kernel's count of switches, not by time that is
 /// missing: that may as well have been the host's, and a busy one's always is.
-fn let_others_go_first(own: &Pages) {
+fn let_others_go_first(own: &Pages, rest: Rest) {
     let asked = Instant::now();
     let (mut since, mut switches, mut yields) = (asked, context_switches(), 0);
     while !own.is_filled() {
@@ -108,19 +129,19 @@ fn let_others_go_first(own: &Pages) {
         if seen != switches {
             (since, switches, yields) = (now, seen, 0);
         }
-        let rests = now.duration_since(since) >= UNDISTURBED && yields >= YIELDS;
+        let rests = now.duration_since(since) >= rest.undisturbed && yields >= rest.yields;
         if rests || now.duration_since(asked) >= PATIENCE {
             return;
         }
     }
 }
 
-/// Spins until the mailbox is filled, and returns when that was not so for the last time; `None` after [`CAPTURE_WITHIN`].
-fn spin(own: &Pages, tick: Option<&Tick>) -> Option<Instant> {
+/// Spins until the mailbox is filled, and returns when that was not so for the last time; `None` after `within`.
+fn spin(own: &Pages, tick: Option<&Tick>, within: Duration) -> Option<Instant> {
     let begun = Instant::now();
     // Of two readings one after the other at least the first is from before the capture.
     let (mut before, mut last) = (begun, begun);
-    while last.duration_since(begun) < CAPTURE_WITHIN {
+    while last.duration_since(begun) < within {
         // Renewed for as long as a capture may take.
         if let Some(tick) = tick {
             tick.hold();
@@ -138,7 +159,7 @@ fn spin(own: &Pages, tick: Option<&Tick>) -> Option<Instant> {
     None
 }
 
-fn answer(state: &Arc<AgentState>, parts: &Parts, captured: Instant) {
+fn answer(state: &Arc<AgentState>, parts: &Parts, captured: Instant) -> Next {
     let started = Instant::now();
     let taken = lock(&parts.own).take();
     state.set_phase(Phase::Applying);
@@ -155,8 +176,13 @@ fn answer(state: &Arc<AgentState>, parts: &Parts, captured: Instant) {
     let mut announce = false;
     let result = apply(state, parts, payload, &key, [captured, started], &mut log, &mut document, &mut announce);
     let fork = document.as_ref().map(|document: &Document| document.fork.id.clone());
+    let is_rehearsal = document.as_ref().is_some_and(|document| document.action == Action::Rehearse);
     let ack = Ack {
-        stage: if result.is_ok() { Stage::Applied } else { Stage::Failed },
+        stage: match result {
+            Ok(()) if is_rehearsal => Stage::Rehearsed,
+            Ok(()) => Stage::Applied,
+            Err(_) => Stage::Failed,
+        },
         mailbox: MailboxName::identity(),
         fork: fork.clone().or_else(|| ForkId::parse(NO_FORK).ok()).unwrap_or_else(|| unreachable!("20 zeroes")),
         steps: log.steps,
@@ -175,13 +201,27 @@ fn answer(state: &Arc<AgentState>, parts: &Parts, captured: Instant) {
         tick.release();
     }
     right_of_way(state, false);
+    state.announce_change();
     // Wiping takes its time, and nobody waits for it.
     drop(document);
+    if ack.stage == Stage::Rehearsed {
+        return end_rehearsal(state, parts, ack, &key);
+    }
     match (&ack.reason, fork) {
         (None, Some(fork)) => state.keeper().mailboxes().deliver(state, &fork, others),
         // Payloads that nobody will get are dropped, and thereby wiped.
         _ => drop(others),
     }
+    Next::Run
+}
+
+/// With the kernel's timer, and everybody else's turn: taking a card down waits for both.
+fn end_rehearsal(state: &Arc<AgentState>, parts: &Parts, ack: Ack, key: &AckKey) -> Next {
+    let Err(Failed(reason)) = rehearsal::put_back(state, parts) else { return Next::Wait };
+    state.set_phase(Phase::Failed);
+    console::warn(&reason);
+    send(parts, &Ack { stage: Stage::Failed, steps: Vec::new(), reason: Some(reason), ..ack }, key);
+    Next::Run
 }
 
 #[allow(clippy::too_many_arguments)] // What a failure leaves behind is the caller's.
@@ -205,6 +245,9 @@ fn apply(
         apply::until_thaw(state, parts, &mut prepared, document, key, captured, log)?;
         prepared.wants_host_keys && document.action == Action::Become
     };
+    if document.action == Action::Rehearse {
+        return Ok(());
+    }
     // What follows waits for others: they run while this thread sleeps, and it goes on as soon as they have answered.
     if make_keys {
         log.step("ssh-host-keys", || make_host_keys(state))?;
@@ -227,6 +270,8 @@ fn make_host_keys(state: &Arc<AgentState>) -> Result<std::borrow::Cow<'static, s
         workdir: String::new(),
         user: String::new(),
         console: Console::Pipes([None, None, None]),
+        inherited: None,
+        place: Among::Workload,
     };
     let Ok(process) = state.workload().start(start) else { return Ok("removed".into()) };
     match process.wait_until(Instant::now() + HOST_KEYS_DEADLINE) {
@@ -239,10 +284,11 @@ fn make_host_keys(state: &Arc<AgentState>) -> Result<std::borrow::Cow<'static, s
     }
 }
 
-fn fail_silently(state: &Arc<AgentState>, reason: &str) {
+fn fail_silently(state: &Arc<AgentState>, reason: &str) -> Next {
     right_of_way(state, false);
     state.set_phase(Phase::Failed);
     console::warn(&format!("no identity could be taken: {reason}"));
+    Next::Run
 }
 
 fn send(parts: &Parts, ack: &Ack, key: &AckKey) {
@@ -255,11 +301,18 @@ fn send(parts: &Parts, ack: &Ack, key: &AckKey) {
 /// which has to answer before the fork can; then everybody else, the kernel's own threads too. This thread is above the
 /// runtime so that its deadline holds even if that never sleeps. Processes and threads that they start do not inherit
 /// it. Best effort: without it a fork is only later.
+///
+/// A runtime with several threads has none: its first one may spin until another has done its part, which then never gets the CPU. (libuv
+/// does, in `uv__async_spin`: forks of a Node whose thread pool was at work hung until their deadline.)
 pub(super) fn right_of_way(state: &AgentState, on: bool) {
     set_real_time(0, if on { 2 } else { 0 });
     if let Some(runtime) = state.supervisor().first_in_line() {
-        set_real_time(runtime.pid(), i32::from(on));
+        set_real_time(runtime.pid(), i32::from(on && has_one_thread(runtime.pid())));
     }
+}
+
+fn has_one_thread(process: i32) -> bool {
+    std::fs::read_dir(format!("/proc/{process}/task")).is_ok_and(|threads| threads.take(2).count() == 1)
 }
 
 /// While the keeper waits for the host in the middle of an identity, everybody else runs.

@@ -62,6 +62,16 @@ impl Root {
         Ok(file)
     }
 
+    /// Writes over the first bytes of a file, in place.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn overwrite(&self, path: &str, content: &[u8]) -> io::Result<()> {
+        let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = rustix::fs::openat2(&self.0, relative(path), flags, Mode::empty(), ResolveFlags::IN_ROOT)?;
+        write_all(&file, content)
+    }
+
     /// Creates a file in this directory itself, which has none of that name; nobody sees a part, because nobody runs.
     ///
     /// # Errors

@@ -116,6 +116,12 @@ impl AckSender {
         (now.letter, now.outcome) = (None, Outcome::None);
     }
 
+    /// Forgets the letter, and does not wake up for it.
+    pub fn recall(&self) {
+        self.forget();
+        self.0.wake_in(Duration::ZERO);
+    }
+
     /// What became of the last letter.
     #[must_use]
     pub fn outcome(&self) -> Outcome {

@@ -11,6 +11,7 @@ use identity::{Inet, Network};
 use super::netlink::{Batch, NetlinkError, PUT, Socket, attributes, failed};
 
 // include/uapi/linux/rtnetlink.h
+const GET_LINK: u16 = 18;
 const SET_LINK: u16 = 19;
 const NEW_ADDRESS: u16 = 20;
 const DELETE_ADDRESS: u16 = 21;
@@ -163,6 +164,27 @@ impl Card {
     pub(super) fn down(&self, socket: &mut Socket) -> Result<(), NetlinkError> {
         let mut batch = Batch::new();
         batch.request(SET_LINK, 0, &self.link_header(0), "taking the card down");
+        socket.carry_out(batch)
+    }
+
+    /// Its MAC address; `None` if it is gone, or is no Ethernet.
+    pub(super) fn mac(&self, socket: &mut Socket) -> Result<Option<[u8; 6]>, NetlinkError> {
+        let mut found = None;
+        let list = socket.list(GET_LINK, &[0; 16], |message| {
+            let own = message.get(4..8) == Some(&self.index.to_ne_bytes());
+            if let Some(rest) = message.get(16..).filter(|_| own) {
+                let address = attributes(rest).find(|(kind, _)| *kind == LINK_ADDRESS);
+                found = address.and_then(|(_, value)| value.try_into().ok());
+            }
+        });
+        list.map_err(failed("looking for the card's MAC address")).map(|()| found)
+    }
+
+    /// Gives the card, which is down, another MAC address.
+    pub(super) fn set_mac(&self, socket: &mut Socket, mac: [u8; 6]) -> Result<(), NetlinkError> {
+        let mut batch = Batch::new();
+        batch.request(SET_LINK, 0, &self.link_header(0), "setting the MAC address");
+        batch.attribute(LINK_ADDRESS, &mac);
         socket.carry_out(batch)
     }
 

@@ -63,6 +63,8 @@ struct Inner {
     applied: Option<Section>,
     /// The capture left the source of a branch its connections.
     connections_kept: bool,
+    /// The card's MAC address when its template was captured.
+    captured_mac: Option<[u8; 6]>,
 }
 
 /// What a capture did.
@@ -81,7 +83,14 @@ impl Network {
     /// What the kernel says.
     pub fn open() -> io::Result<Self> {
         let (route, announcer) = (Socket::route()?, Announcer::open());
-        Ok(Self(Mutex::new(Inner { route, announcer, card: None, applied: None, connections_kept: false })))
+        Ok(Self(Mutex::new(Inner {
+            route,
+            announcer,
+            card: None,
+            applied: None,
+            connections_kept: false,
+            captured_mac: None,
+        })))
     }
 
     /// Whether there is a card, looked for anew if none is known: a driver may take its time.
@@ -127,10 +136,22 @@ impl Network {
             ended += inner.end_connections(&card, had_address)?;
             card.forget_groups(&mut inner.route)?;
             card.silence()?;
+            inner.captured_mac = card.mac(&mut inner.route)?;
         }
         card.clear(&mut inner.route, None)?;
         inner.connections_kept = !end_connections && had_address;
         Ok(Quieted { card: true, ended })
+    }
+
+    /// Addresses whose connections the capture of a template leaves as they are, besides those of the loopback; `None` where there is no card, so that it
+    /// ends none.
+    ///
+    /// # Errors
+    /// The kernel can not list addresses.
+    pub fn staying_addresses(&self) -> Result<Option<BTreeSet<std::net::IpAddr>>, NetworkError> {
+        let mut inner = self.lock();
+        let Some(card) = inner.find().cloned() else { return Ok(None) };
+        Ok(Some(inner.addresses_elsewhere(&card)?))
     }
 
     /// Gives back what a capture took, for who goes on as before.
@@ -142,6 +163,23 @@ impl Network {
         inner.connections_kept = false;
         match inner.applied.clone() {
             Some(section) => inner.put_on(&section).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes back what [`take_on`](Self::take_on) has done: the card is as the capture of its template left it.
+    ///
+    /// # Errors
+    /// Something is left.
+    pub fn take_back(&self) -> Result<(), NetworkError> {
+        let mut inner = self.lock();
+        let (Some(_), Some(card)) = (inner.applied.take(), inner.card.clone()) else { return Ok(()) };
+        card.down(&mut inner.route)?;
+        card.forget_groups(&mut inner.route)?;
+        card.silence()?;
+        card.clear(&mut inner.route, None)?;
+        match inner.captured_mac {
+            Some(mac) => Ok(card.set_mac(&mut inner.route, mac)?),
             None => Ok(()),
         }
     }

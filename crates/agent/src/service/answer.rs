@@ -22,10 +22,30 @@ const MAX_WORD: usize = 48;
 /// What a runtime said.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Answer {
-    Ready,
-    Done { id: u64, report: Vec<(String, String)>, in_place: Option<String> },
-    Result { id: u64, value: String, repr: String, stdout: String, stderr: String },
-    Error { id: u64, too_large: bool, message: String, stack: String, stdout: String, stderr: String },
+    /// `told`: whether it wants to be told if a capture is given up.
+    Ready {
+        told: bool,
+    },
+    Done {
+        id: u64,
+        report: Vec<(String, String)>,
+        in_place: Option<String>,
+    },
+    Result {
+        id: u64,
+        value: String,
+        repr: String,
+        stdout: String,
+        stderr: String,
+    },
+    Error {
+        id: u64,
+        too_large: bool,
+        message: String,
+        stack: String,
+        stdout: String,
+        stderr: String,
+    },
 }
 
 /// Why a line is no answer. It does not repeat the line.
@@ -53,7 +73,7 @@ impl Answer {
         let optional = |name| fields.get(name).map_or(Ok(String::new()), |_| string(name));
         let id = || raw("id")?.parse().map_err(|_| AnswerError::Field("id"));
         match string("type")?.as_str() {
-            "ready" => Ok(Self::Ready),
+            "ready" => Ok(Self::Ready { told: fields.get("continue") == Some(&"true") }),
             "done" => Ok(Self::Done {
                 id: id()?,
                 report: fields.get("report").map_or(Ok(Vec::new()), |raw| report(raw))?,
@@ -80,7 +100,7 @@ impl Answer {
 
     pub(crate) fn id(&self) -> Option<u64> {
         match self {
-            Self::Ready => None,
+            Self::Ready { .. } => None,
             Self::Done { id, .. } | Self::Result { id, .. } | Self::Error { id, .. } => Some(*id),
         }
     }

@@ -55,10 +55,10 @@ impl Conversation {
         Self { life, process, input, output, pending: Vec::new(), owed: None, needed: false, refusal: None, cut: false }
     }
 
-    /// Waits for the runtime to say that it is ready.
-    pub(crate) fn expect_ready(&mut self, deadline: Instant) -> Result<(), NoAnswer> {
+    /// Waits for the runtime to say that it is ready; answers whether it wants to be told if a capture is given up.
+    pub(crate) fn expect_ready(&mut self, deadline: Instant) -> Result<bool, NoAnswer> {
         match Answer::parse(&self.line(deadline)?) {
-            Ok(Answer::Ready) => Ok(()),
+            Ok(Answer::Ready { told }) => Ok(told),
             Ok(_) => Err(NoAnswer::Invalid(AnswerError::Field("type"))),
             Err(error) => Err(NoAnswer::Invalid(error)),
         }

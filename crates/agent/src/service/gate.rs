@@ -5,6 +5,17 @@ use std::{
     time::Instant,
 };
 
+/// Somebody who must not be captured in the middle of what he does.
+#[derive(Debug)]
+pub(crate) struct Inside<'a>(&'a Gate);
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        self.0.lock().inside -= 1;
+        self.0.changed.notify_all();
+    }
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct Gate {
     state: Mutex<State>,
@@ -14,13 +25,40 @@ pub(crate) struct Gate {
 #[derive(Debug, Default)]
 struct State {
     closed: bool,
+    /// How many have entered, and keep it from closing.
+    inside: usize,
     /// Counts identities. Who waited across one was the template's client, and is gone.
     identities: u64,
 }
 
 impl Gate {
-    pub(crate) fn close(&self) {
-        self.lock().closed = true;
+    /// Lets nobody in any more, and waits for those who are inside; false, and open, if they are at the deadline.
+    pub(crate) fn close(&self, deadline: Instant) -> bool {
+        let mut state = self.lock();
+        state.closed = true;
+        while state.inside > 0 {
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+                state.closed = false;
+                self.changed.notify_all();
+                return false;
+            };
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    /// Enters once it is open. `None` at the deadline.
+    pub(crate) fn enter(&self, deadline: Instant) -> Option<Inside<'_>> {
+        loop {
+            if !self.wait_open(Some(deadline)) {
+                return None;
+            }
+            let mut state = self.lock();
+            if !state.closed {
+                state.inside += 1;
+                return Some(Inside(self));
+            }
+        }
     }
 
     pub(crate) fn open(&self) {

@@ -68,6 +68,8 @@ impl InPlace {
         if self.report.is_none() {
             return Ok(false);
         }
+        // What a rehearsal has filled is no fork's.
+        self.filled = false;
         let mut filled = 0;
         while filled < self.random.len() {
             filled += getrandom(&mut self.random[filled..], GetRandomFlags::empty())?;

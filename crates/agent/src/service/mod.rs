@@ -16,6 +16,7 @@ mod gate;
 mod in_place;
 mod log;
 mod pump;
+mod readiness;
 mod runtime;
 mod spec;
 #[cfg(test)]
@@ -24,37 +25,40 @@ mod unit;
 mod world;
 
 use std::{
+    collections::BTreeMap,
+    io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use guest_api::proto::{EvalError, EvalReply, WarmRequest};
-use identity::Step;
+use identity::{ForkId, Step};
 use thiserror::Error;
 
-pub(crate) use self::answer::push_object;
 use self::{
     answer::Answer,
     conversation::NoAnswer,
     gate::Gate,
     runtime::{NoTurn, Report, Runtime, eval_request, identity_request, quiesce_request},
-    spec::{OnFork, Restart},
+    spec::Restart,
     unit::Unit,
     world::World,
 };
+pub(crate) use self::{answer::push_object, spec::OnFork};
 pub use self::{
     log::{Follower, Logs},
     spec::SpecError,
 };
 use crate::{
+    payload::Payload,
     state::{AgentState, Identity},
-    workload::Process,
+    workload::{Among, Process},
 };
 
 /// Deadline of an evaluation that names none.
 const DEFAULT_EVAL_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How often a runtime that dies while it warms up is tried, if the recipe wants it restarted.
+/// How often a runtime, or a service, that ends while it warms up is tried, if the recipe wants it restarted.
 const WARM_ATTEMPTS: u32 = 3;
 
 /// Keeps the recipe's services and the runtime.
@@ -64,6 +68,17 @@ pub struct Supervisor {
     logs: Arc<Logs>,
     gate: Arc<Gate>,
     kept: Mutex<Kept>,
+    /// The fork whose services know its payload. Locked while they are told.
+    told: Mutex<Option<ForkId>>,
+}
+
+/// What services are told after.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum When {
+    /// The thaw.
+    Thawed,
+    /// The payload that was waited for.
+    Completed,
 }
 
 #[derive(Debug, Default)]
@@ -87,6 +102,26 @@ pub enum WarmError {
     Start(String),
 }
 
+/// Why a payload was not applied.
+#[derive(Debug, Error)]
+pub enum CompleteError {
+    /// The sandbox was being captured, or took on its identity, until the deadline.
+    #[error("the sandbox was being captured, or took on its identity, until the deadline")]
+    Late,
+    /// It is not the fork that the payload was given to.
+    #[error("this is another fork by now; the payload was for the one that it was made from")]
+    OtherFork,
+    /// It has another payload.
+    #[error("the identity is complete, with another payload")]
+    OtherPayload,
+    /// The identity directory.
+    #[error("the payload could not be written: {0}")]
+    Write(#[from] io::Error),
+    /// The runtime or a service did not take it; the text has its last output.
+    #[error("{0}")]
+    Service(String),
+}
+
 /// What [`Supervisor::after_thaw`] did.
 #[derive(Debug, Default)]
 pub struct AfterThaw {
@@ -106,7 +141,7 @@ impl Supervisor {
     }
 
     fn over(world: Arc<dyn World>) -> Self {
-        Self { world, logs: Arc::default(), gate: Arc::default(), kept: Mutex::default() }
+        Self { world, logs: Arc::default(), gate: Arc::default(), kept: Mutex::default(), told: Mutex::default() }
     }
 
     /// What services and the runtime wrote.
@@ -133,9 +168,7 @@ impl Supervisor {
             let unit = Unit::new(service, world, logs, gate);
             self.kept().units.push(Arc::clone(&unit));
             if unit.spec.in_template {
-                let begun = Instant::now();
-                unit.start(deadline.min(begun + unit.spec.timeout)).map_err(WarmError::Start)?;
-                progress(format!("service {} ready in {}", unit.spec.name, seconds(begun)));
+                Self::warm_unit(&unit, deadline, &mut progress)?;
             }
         }
         if let Some(spec) = runtime {
@@ -145,6 +178,29 @@ impl Supervisor {
             self.kept().runtime = Some(runtime);
         }
         Ok(())
+    }
+
+    fn warm_unit(unit: &Unit, deadline: Instant, progress: &mut impl FnMut(String)) -> Result<(), WarmError> {
+        let mut attempt = 1;
+        loop {
+            let begun = Instant::now();
+            let ready_by = deadline.min(begun + unit.spec.timeout);
+            let started = unit.stop().and_then(|()| unit.start(true, ready_by));
+            match started {
+                Ok(()) => {
+                    progress(format!("service {} ready in {}", unit.spec.name, seconds(begun)));
+                    return Ok(());
+                }
+                // One that is late would be late again.
+                Err(error)
+                    if unit.spec.restart != Restart::Never && attempt < WARM_ATTEMPTS && Instant::now() < ready_by =>
+                {
+                    attempt += 1;
+                    progress(format!("{error}\nstarting service {} again", unit.spec.name));
+                }
+                Err(error) => return Err(WarmError::Start(error)),
+            }
+        }
     }
 
     fn warm_runtime(
@@ -170,13 +226,15 @@ impl Supervisor {
     }
 
     /// Called by `keeper::quiesce` before the freeze (any thread, blocking): gets services and runtime ready for the
-    /// capture and answers with warnings for people. From now on evaluations and restarts wait, until
+    /// capture and answers with what the runtime says it can not reseed. From now on evaluations and restarts wait, until
     /// [`Self::after_thaw`], [`Self::after_continue`] or, if the capture is given up, [`Self::abandon_quiesce`].
     ///
     /// # Errors
     /// The reason why the template can not be captured; nothing waits then.
     pub fn prepare_quiesce(&self, deadline: Instant) -> Result<Vec<String>, String> {
-        self.gate.close();
+        if !self.gate.close(deadline) {
+            return Err("a payload was being applied until the deadline".to_owned());
+        }
         let result = self.prepare(deadline);
         if result.is_err() {
             self.gate.open();
@@ -194,7 +252,14 @@ impl Supervisor {
         let id = runtime.next_id();
         let report = runtime.event("quiesce", &quiesce_request(id), id, deadline)?;
         let uncovered = report.into_iter().filter(|(name, _)| name == "uncovered");
-        Ok(uncovered.map(|(_, what)| format!("the runtime can not reseed {what} in a fork; see its log")).collect())
+        Ok(uncovered.map(|(_, what)| what).collect())
+    }
+
+    /// What the recipe wants done in forks for each service that runs in the template.
+    pub(crate) fn on_fork(&self) -> BTreeMap<String, OnFork> {
+        let units = &self.kept().units;
+        let warm = units.iter().filter(|unit| unit.spec.in_template);
+        warm.map(|unit| (unit.spec.name.clone(), unit.spec.on_fork.clone())).collect()
     }
 
     /// Called once the workload is frozen: what was written up to now is the template's, and no fork shows it. (Optional:
@@ -203,8 +268,11 @@ impl Supervisor {
         self.logs.mark_frozen();
     }
 
-    /// Called if a capture is given up after [`Self::prepare_quiesce`]: everything goes on.
+    /// Called if a capture is given up after [`Self::prepare_quiesce`], which may have failed: everything goes on.
     pub fn abandon_quiesce(&self) {
+        if let Some(runtime) = self.kept().runtime.clone() {
+            runtime.go_on();
+        }
         self.gate.open();
     }
 
@@ -224,6 +292,44 @@ impl Supervisor {
         }
     }
 
+    /// Called on the keeper's thread in a fork, before the thaw, once all of its identity is there: runs the hooks that are to run beside the
+    /// frozen workload, one after the other.
+    ///
+    /// # Errors
+    /// The first that fails, with what it wrote: nothing is to be thawed then.
+    pub fn hooks_before_thaw(&self) -> Result<Vec<Step>, String> {
+        let mut steps = Vec::new();
+        for unit in self.parts().0 {
+            if let OnFork::Hook { command, before_thaw: true } = &unit.spec.on_fork {
+                let begun = Instant::now();
+                unit.run_hook(command, Among::Hooks, begun + unit.spec.timeout)?;
+                steps.push(service_step(&unit, "hook-ran-before-thaw".to_owned(), begun));
+            }
+        }
+        Ok(steps)
+    }
+
+    /// Completes the identity of `fork` with the payload that it waits for: sets it, then tells the runtime and the services, and starts those
+    /// that wait. Blocks, also while the sandbox is being captured or takes on its identity. The steps are for people.
+    ///
+    /// # Errors
+    /// [`CompleteError`]. After [`CompleteError::Service`] the payload is set; the same one may be given again.
+    pub fn complete(&self, fork: &ForkId, payload: Payload, deadline: Instant) -> Result<Vec<Step>, CompleteError> {
+        let _inside = self.gate.enter(deadline).ok_or(CompleteError::Late)?;
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let identity = self.world.identity().filter(|identity| identity.fork.id == *fork);
+        let identity = match identity.ok_or(CompleteError::OtherFork)? {
+            again if again.payload.as_ref() == Some(&payload) && told.as_ref() == Some(fork) => return Ok(Vec::new()),
+            again if again.payload.as_ref() == Some(&payload) => again,
+            other if other.payload.is_some() => return Err(CompleteError::OtherPayload),
+            _ => self.world.complete(fork, payload)?.ok_or(CompleteError::OtherFork)?,
+        };
+        let mut after = AfterThaw::default();
+        self.tell(&identity, When::Completed, &mut after).map_err(CompleteError::Service)?;
+        *told = Some(fork.clone());
+        Ok(after.steps)
+    }
+
     /// Called on the keeper's thread right after the thaw (blocking; the fork's ack waits for it): in-process events,
     /// signals, hooks, restarts, start of the services that start in forks. `identity` is also in
     /// `AgentState::identity`; `AgentState::environment` is the fork's already.
@@ -231,7 +337,7 @@ impl Supervisor {
         self.logs.forget_template();
         self.gate.new_identity();
         let mut after = AfterThaw::default();
-        let result = self.tell(Some(identity), &mut after);
+        let result = self.tell(identity, When::Thawed, &mut after);
         after.failure = result.err();
         if after.failure.is_some() || !after.announce {
             self.gate.open();
@@ -258,7 +364,12 @@ impl Supervisor {
         let result = match self.world.identity() {
             // Its randomness is refreshed all the same: there may be two of it now.
             Some(identity) => self.tell_runtime(&identity, &mut after),
-            None => Ok(()),
+            None => {
+                if let Some(runtime) = self.kept().runtime.clone() {
+                    runtime.go_on();
+                }
+                Ok(())
+            }
         };
         after.failure = result.err();
         if after.failure.is_some() || !after.announce {
@@ -267,37 +378,54 @@ impl Supervisor {
         after
     }
 
-    fn tell(&self, identity: Option<&Identity>, after: &mut AfterThaw) -> Result<(), String> {
-        if let Some(identity) = identity {
-            self.tell_runtime(identity, after)?;
-        }
-        let steps = &mut after.steps;
+    fn tell(&self, identity: &Identity, when: When, after: &mut AfterThaw) -> Result<(), String> {
+        self.tell_runtime(identity, after)?;
+        let complete = identity.payload.is_some();
         let (units, _) = self.parts();
-        for unit in &units {
+        // First those that are warm, in the recipe's order, then those that have waited, in theirs.
+        let (warm, waiting): (Vec<_>, Vec<_>) = units.iter().partition(|unit| unit.spec.in_template);
+        for unit in warm {
             let begun = Instant::now();
             let deadline = begun + unit.spec.timeout;
-            let outcome = if unit.spec.in_template {
-                match &unit.spec.on_fork {
-                    OnFork::Keep => continue,
-                    OnFork::Restart => {
-                        unit.restart(deadline)?;
-                        "restarted".to_owned()
-                    }
-                    OnFork::Signal(name, signal) => {
-                        unit.signal(*signal)?;
-                        format!("signalled-{name}")
-                    }
-                    OnFork::Hook(command) => {
-                        unit.run_hook(command, deadline)?;
-                        "hook-ran".to_owned()
-                    }
+            let outcome = match &unit.spec.on_fork {
+                OnFork::Keep => continue,
+                // Has run.
+                OnFork::Hook { before_thaw: true, .. } if when == When::Thawed => continue,
+                // It must not go on as the template, and can not start without its payload.
+                OnFork::Restart if !complete => {
+                    unit.stop()?;
+                    "stopped".to_owned()
                 }
-            } else {
-                // A fork of a fork has it already.
-                unit.restart(deadline)?;
-                "started".to_owned()
+                OnFork::Restart => {
+                    unit.restart(deadline)?;
+                    "restarted".to_owned()
+                }
+                OnFork::Signal(name, signal) => {
+                    unit.signal(*signal)?;
+                    format!("signalled-{name}")
+                }
+                OnFork::Hook { command, .. } => {
+                    unit.run_hook(command, Among::Workload, deadline)?;
+                    "hook-ran".to_owned()
+                }
+                OnFork::Event => {
+                    unit.tell(|id| identity_request(id, identity), deadline)?;
+                    "told".to_owned()
+                }
             };
-            steps.push(step(format!("service.{}", unit.spec.name), outcome, begun));
+            after.steps.push(service_step(unit, outcome, begun));
+        }
+        for unit in waiting {
+            let begun = Instant::now();
+            let outcome = if complete {
+                // A fork of a fork has it already.
+                unit.restart(begun + unit.spec.timeout)?;
+                "started"
+            } else {
+                unit.stop()?;
+                "waits"
+            };
+            after.steps.push(service_step(unit, outcome.to_owned(), begun));
         }
         Ok(())
     }
@@ -396,13 +524,17 @@ fn reply(answer: Answer) -> EvalReply {
             let kind = if too_large { "too-large" } else { "exception" }.to_owned();
             EvalReply { stdout, stderr, error: Some(EvalError { kind, message, stack }), ..EvalReply::default() }
         }
-        Answer::Ready | Answer::Done { .. } => failure("exception", "the runtime did not answer with a result"),
+        Answer::Ready { .. } | Answer::Done { .. } => failure("exception", "the runtime did not answer with a result"),
     }
 }
 
 fn failure(kind: &str, message: &str) -> EvalReply {
     let error = EvalError { kind: kind.to_owned(), message: message.to_owned(), stack: String::new() };
     EvalReply { error: Some(error), ..EvalReply::default() }
+}
+
+fn service_step(unit: &Unit, outcome: String, begun: Instant) -> Step {
+    step(format!("service.{}", unit.spec.name), outcome, begun)
 }
 
 fn step(name: String, outcome: String, begun: Instant) -> Step {

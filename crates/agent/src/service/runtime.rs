@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     state::{IDENTITY_VARIABLES, Identity},
-    workload::{Console, Process, Program, Start},
+    workload::{Among, Console, Process, Program, Start},
 };
 
 /// How long a runtime that hung up may take to end, and its last words to be read.
@@ -56,6 +56,8 @@ struct Turn {
     log_start: u64,
     /// What can be filled in a fork while it is frozen.
     in_place: Option<InPlace>,
+    /// Whether it wants to be told if a capture is given up.
+    told: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -91,6 +93,7 @@ impl Runtime {
                 next_id: 1,
                 log_start: 0,
                 in_place: None,
+                told: false,
             }),
             changed: Condvar::new(),
             this: this.clone(),
@@ -107,9 +110,10 @@ impl Runtime {
             .stack_size(256 << 10)
             .spawn(move || this.mind(life, &process, &errors))
             .map_err(|error| format!("no thread for the runtime: {error}"))?;
-        if let Err(error) = conversation.expect_ready(deadline) {
-            return Err(self.give_up(&conversation, error, "before it was ready"));
-        }
+        let told = match conversation.expect_ready(deadline) {
+            Ok(told) => told,
+            Err(error) => return Err(self.give_up(&conversation, error, "before it was ready")),
+        };
         if let Some(identity) = self.world.identity() {
             let id = self.next_id();
             if let Err(error) = conversation.ask(id, &identity_request(id, &identity), deadline) {
@@ -121,6 +125,7 @@ impl Runtime {
             return Err(reason.clone());
         }
         turn.status = Status::Ready;
+        turn.told = told;
         turn.conversation = Some(conversation);
         self.changed.notify_all();
         Ok(())
@@ -205,6 +210,19 @@ impl Runtime {
                 self.give_back(conversation);
                 Err(format!("the runtime did not take the {name} event in time"))
             }
+        }
+    }
+
+    /// Tells it that the capture was given up, if it wants to know: it may hold its work since the quiesce.
+    pub(crate) fn go_on(&self) {
+        if !self.lock().told {
+            return;
+        }
+        let id = self.next_id();
+        if let Err(error) = self.event("continue", &continue_request(id), id, Instant::now() + self.spec.event_timeout)
+        {
+            // It is released by the next request too.
+            self.logs.note(RUNTIME, &error);
         }
     }
 
@@ -295,6 +313,8 @@ impl Runtime {
             workdir: self.spec.workdir.clone(),
             user: self.spec.user.clone(),
             console: Console::Pipes([Some(stdin), Some(stdout), Some(stderr)]),
+            inherited: None,
+            place: Among::Workload,
         };
         let mut turn = self.lock();
         turn.life += 1;
@@ -383,6 +403,11 @@ pub(crate) type Report = Vec<(String, String)>;
 /// The request that asks the runtime to get ready for the capture.
 pub(crate) fn quiesce_request(id: u64) -> String {
     format!(r#"{{"type":"quiesce","id":{id}}}"#)
+}
+
+/// The request that tells the runtime that the capture was given up.
+fn continue_request(id: u64) -> String {
+    format!(r#"{{"type":"continue","id":{id}}}"#)
 }
 
 /// The request that tells the runtime who it is.

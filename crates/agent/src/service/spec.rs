@@ -6,6 +6,8 @@ use guest_api::proto;
 use rustix::process::Signal;
 use thiserror::Error;
 
+use super::readiness::{Http, Readiness};
+
 const MAX_SERVICES: usize = 32;
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
 const DEFAULT_EVENT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -23,8 +25,11 @@ pub(crate) struct Service {
     pub(crate) in_template: bool,
     pub(crate) on_fork: OnFork,
     pub(crate) ready_line: String,
+    pub(crate) readiness: Option<Readiness>,
     pub(crate) restart: Restart,
     pub(crate) timeout: Duration,
+    /// Whether a fork's ack waits until it is ready.
+    pub(crate) awaited: bool,
 }
 
 /// What a service that ran in the template needs in a fork.
@@ -33,7 +38,8 @@ pub(crate) enum OnFork {
     Keep,
     Restart,
     Signal(String, Signal),
-    Hook(Vec<String>),
+    Hook { command: Vec<String>, before_thaw: bool },
+    Event,
 }
 
 /// When a process that ended is started again.
@@ -116,8 +122,13 @@ impl Service {
                 Some(signal) => OnFork::Signal(service.signal, signal),
                 None => return refuse(what("signal"), "HUP, INT, QUIT, USR1, USR2, TERM, ALRM, CONT or WINCH"),
             },
-            proto::OnFork::Hook => OnFork::Hook(self::command(service.hook, || what("hook"))?),
+            proto::OnFork::Hook => OnFork::Hook {
+                command: self::command(service.hook, || what("hook"))?,
+                before_thaw: service.hook_before_thaw,
+            },
+            proto::OnFork::Event => OnFork::Event,
         };
+        let readiness = readiness(service.ready_port, service.ready_http, service.ready_text, || what("readiness"))?;
         Ok(Self {
             command,
             env: service.env.into_iter().collect(),
@@ -126,8 +137,10 @@ impl Service {
             in_template: service.start_in_template,
             on_fork,
             ready_line: service.ready_line,
+            readiness,
             restart: restart(&service.restart, || what("restart"))?,
             timeout: timeout(service.timeout_ms, DEFAULT_TIMEOUT),
+            awaited: !service.not_awaited,
             name,
         })
     }
@@ -156,6 +169,19 @@ impl Runtime {
 
 fn command(command: Vec<String>, what: impl Fn() -> String) -> Result<Vec<String>, SpecError> {
     if command.first().is_none_or(String::is_empty) { refuse(what(), "at least one word") } else { Ok(command) }
+}
+
+fn readiness(port: u32, path: String, text: String, what: impl Fn() -> String) -> Result<Option<Readiness>, SpecError> {
+    let Ok(port) = u16::try_from(port) else { return refuse(what(), "a port up to 65535") };
+    if !path.is_empty() && (!path.starts_with('/') || path.bytes().any(|byte| !byte.is_ascii_graphic())) {
+        return refuse(what(), "a path that begins with / and has neither blanks nor control characters");
+    }
+    match (port, path.is_empty(), text.is_empty()) {
+        (0, true, true) => Ok(None),
+        (0, ..) | (_, true, false) => refuse(what(), "a path needs a port, and a text needs a path"),
+        (port, true, true) => Ok(Some(Readiness { port, http: None })),
+        (port, false, _) => Ok(Some(Readiness { port, http: Some(Http { path, text }) })),
+    }
 }
 
 fn restart(text: &str, what: impl Fn() -> String) -> Result<Restart, SpecError> {

@@ -11,7 +11,12 @@ use guest_api::proto::{OnFork, Runtime, Service};
 use identity::{EnvName, ForkId, ForkIdentity, ForkName, Tag};
 
 use super::*;
-use crate::workload::{Process, Start, StartError, Workload};
+use crate::{
+    payload::Expected,
+    workload::{Start, StartError, Workload},
+};
+
+mod node;
 
 /// The agent's state, as far as the supervisor sees it.
 #[derive(Debug)]
@@ -38,6 +43,17 @@ impl World for Arc<Host> {
     }
 
     fn set_recipe_environment(&self, _env: BTreeMap<String, String>) {}
+
+    fn expected(&self) -> Option<Arc<Expected>> {
+        None
+    }
+
+    fn complete(&self, fork: &ForkId, payload: Payload) -> io::Result<Option<Arc<Identity>>> {
+        let mut identity = self.identity.lock().unwrap();
+        let Some(before) = identity.as_ref().filter(|identity| identity.fork.id == *fork) else { return Ok(None) };
+        let complete = Arc::new(Identity { payload: Some(payload), ..Identity::clone(before) });
+        Ok(identity.insert(complete).clone().into())
+    }
 }
 
 /// One reaper serves the whole process, as it does in a guest: it takes in every child there is.
@@ -61,6 +77,7 @@ fn fork(host: &Host, name: &str, env: &[(&str, &str)]) -> Arc<Identity> {
         labels: BTreeMap::new(),
         env: env.iter().map(|(name, value)| (EnvName::parse(name).unwrap(), (*value).to_owned())).collect(),
         limits: identity::Limits::default(),
+        payload: Some(Payload::new()),
     });
     *host.identity.lock().unwrap() = Some(Arc::clone(&identity));
     identity
@@ -382,7 +399,10 @@ fn services_start_in_order_and_are_told_in_a_fork() {
     };
     // It waits in the shell itself: while dash starts a command (by vfork) a signal to it is lost.
     let wait = "trap 'echo hup' HUP; echo ready as $OFFSHOOT_NAME; (trap '' HUP; exec sleep 100) & wait; wait";
+    let command = ["/usr/bin/python3", "-c", LISTENER].map(str::to_owned).into();
     let services = vec![
+        Service { start_in_template: false, ..told("late", OnFork::Keep, "echo ready as $OFFSHOOT_NAME; sleep 100") },
+        Service { command, ready_line: "listening".into(), ..told("told", OnFork::Event, "") },
         told("kept", OnFork::Keep, wait),
         Service { signal: "HUP".into(), ..told("signalled", OnFork::Signal, wait) },
         told("restarted", OnFork::Restart, wait),
@@ -390,18 +410,18 @@ fn services_start_in_order_and_are_told_in_a_fork() {
             hook: ["/bin/sh", "-c", "echo hook of $OFFSHOOT_NAME"].map(str::to_owned).into(),
             ..told("hooked", OnFork::Hook, wait)
         },
-        Service { start_in_template: false, ..told("late", OnFork::Keep, "echo ready as $OFFSHOOT_NAME; sleep 100") },
     ];
     let mut progress = Vec::new();
     supervisor.warm(WarmRequest { services, ..WarmRequest::default() }, |line| progress.push(line)).unwrap();
     let order: Vec<_> = progress.iter().map(|line| line.split(' ').nth(1).unwrap()).collect();
-    assert_eq!(order, ["kept", "signalled", "restarted", "hooked"]);
+    assert_eq!(order, ["told", "kept", "signalled", "restarted", "hooked"]);
     supervisor.prepare_quiesce(soon()).unwrap();
-    let identity = fork(&host, "a", &[]);
+    let identity = fork(&host, "a", &[("REGION", "eu")]);
     let after = supervisor.after_thaw(&identity);
     assert_eq!(after.failure, None);
     let steps: Vec<_> = after.steps.iter().map(|step| format!("{}:{}", step.name, step.outcome)).collect();
     let expected = [
+        "service.told:told",
         "service.signalled:signalled-HUP",
         "service.restarted:restarted",
         "service.hooked:hook-ran",
@@ -412,6 +432,7 @@ fn services_start_in_order_and_are_told_in_a_fork() {
     wait_for_log(&supervisor, "restarted", "ready as a");
     wait_for_log(&supervisor, "hooked", "hook of a");
     wait_for_log(&supervisor, "late", "ready as a");
+    wait_for_log(&supervisor, "told", "told that it is a in eu");
     let mut follower = supervisor.logs().follow();
     while let Some((source, bytes)) = follower.take() {
         let text = String::from_utf8_lossy(&bytes).into_owned();
@@ -420,6 +441,96 @@ fn services_start_in_order_and_are_told_in_a_fork() {
     for unit in supervisor.parts().0 {
         unit.stop().unwrap();
     }
+}
+
+/// A service that is told in-process, and says so.
+const LISTENER: &str = "
+import json, os, socket
+events = socket.socket(fileno=int(os.environ['OFFSHOOT_EVENT_FD'])).makefile('rw')
+print('listening', flush=True)
+for line in events:
+    event = json.loads(line)
+    answer = {'type': 'done', 'id': event['id']}
+    match event['env'].get('MOOD'):
+        case 'sour': answer = {'type': 'error', 'id': event['id'], 'message': 'not today'}
+        case 'deaf': continue
+        case 'gone': raise SystemExit('I am off')
+        case _: print('told that it is', event['fork']['name'], 'in', event['env'].get('REGION'), flush=True)
+    print(json.dumps(answer), file=events, flush=True)
+";
+
+#[test]
+fn i13_a_service_that_does_not_take_its_event_fails_the_fork() {
+    for (mood, expected) in [
+        ("sour", "failed its identity event: not today"),
+        ("deaf", "did not answer its identity event in time"),
+        ("gone", "before it answered its identity event"),
+    ] {
+        let (host, supervisor) = supervisor();
+        let service = Service {
+            command: ["/usr/bin/python3", "-c", LISTENER].map(str::to_owned).into(),
+            on_fork: OnFork::Event.into(),
+            ready_line: "listening".into(),
+            timeout_ms: 2000,
+            ..shell("told", "")
+        };
+        supervisor.warm(WarmRequest { services: vec![service], ..WarmRequest::default() }, |_| ()).unwrap();
+        supervisor.prepare_quiesce(soon()).unwrap();
+        let failure = supervisor.after_thaw(&fork(&host, "a", &[("MOOD", mood)])).failure.unwrap();
+        assert!(failure.contains(expected), "{mood}: {failure}");
+        supervisor.parts().0[0].stop().unwrap();
+    }
+}
+
+#[test]
+fn i13_until_its_payload_is_there_a_service_waits_or_is_stopped() {
+    let (host, supervisor) = supervisor();
+    let services = vec![
+        Service { start_in_template: false, ready_line: "ready".into(), ..shell("late", "echo ready; sleep 100") },
+        Service {
+            on_fork: OnFork::Restart.into(),
+            ready_line: "ready".into(),
+            ..shell("again", "echo ready; sleep 100")
+        },
+        Service {
+            on_fork: OnFork::Hook.into(),
+            hook: ["/bin/sh", "-c", "echo hook"].map(str::to_owned).into(),
+            hook_before_thaw: true,
+            ..shell("hooked", "sleep 100")
+        },
+    ];
+    supervisor.warm(WarmRequest { services, ..WarmRequest::default() }, |_| ()).unwrap();
+    supervisor.prepare_quiesce(soon()).unwrap();
+    let complete = fork(&host, "a", &[]);
+    let identity = Arc::new(Identity { payload: None, ..Identity::clone(&complete) });
+    *host.identity.lock().unwrap() = Some(Arc::clone(&identity));
+    let told = |steps: &[Step]| steps.iter().map(|step| format!("{}:{}", step.name, step.outcome)).collect::<Vec<_>>();
+    assert_eq!(told(&supervisor.hooks_before_thaw().unwrap()), ["service.hooked:hook-ran-before-thaw"]);
+    let after = supervisor.after_thaw(&identity);
+    assert_eq!(told(&after.steps), ["service.again:stopped", "service.late:waits"]);
+    let steps = supervisor.complete(&identity.fork.id, Payload::new(), soon()).unwrap();
+    assert_eq!(told(&steps), ["service.again:restarted", "service.hooked:hook-ran", "service.late:started"]);
+    assert_eq!(supervisor.complete(&identity.fork.id, Payload::new(), soon()).unwrap(), []);
+    for unit in supervisor.parts().0 {
+        unit.stop().unwrap();
+    }
+}
+
+#[test]
+fn a_fork_does_not_wait_for_what_is_not_awaited() {
+    let (host, supervisor) = supervisor();
+    let slow = Service { start_in_template: false, ready_line: "never".into(), ..shell("slow", "sleep 100") };
+    let services = vec![Service { not_awaited: true, ..slow.clone() }];
+    supervisor.warm(WarmRequest { services, ..WarmRequest::default() }, |_| ()).unwrap();
+    assert_eq!(supervisor.after_thaw(&fork(&host, "a", &[])).failure, None);
+    supervisor.parts().0[0].stop().unwrap();
+
+    let (host, supervisor) = self::supervisor();
+    let services = vec![Service { timeout_ms: 300, ..slow }];
+    supervisor.warm(WarmRequest { services, ..WarmRequest::default() }, |_| ()).unwrap();
+    let failure = supervisor.after_thaw(&fork(&host, "a", &[])).failure.unwrap();
+    assert!(failure.contains("did not write"), "{failure}");
+    supervisor.parts().0[0].stop().unwrap();
 }
 
 #[test]
@@ -448,6 +559,23 @@ fn a_service_that_dies_is_started_again_as_its_recipe_says() {
     supervisor.warm(WarmRequest { services: vec![service], ..WarmRequest::default() }, |_| ()).unwrap();
     wait_for_log(&supervisor, "web", "starting it again\nhello\n");
     supervisor.parts().0[0].stop().unwrap();
+}
+
+#[test]
+fn f1_a_service_that_ends_while_it_warms_up_is_tried_again_as_its_recipe_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let marks = dir.path().join("marks");
+    let script = format!("echo x >> {0}; [ $(wc -l < {0}) -ge 3 ] || exit 1; echo up; exec sleep 100", marks.display());
+    let warm = |restart: &str| {
+        let _ = std::fs::remove_file(&marks);
+        let (_host, supervisor) = supervisor();
+        let service = Service { restart: restart.into(), ready_line: "up".into(), ..shell("web", &script) };
+        let warmed = supervisor.warm(WarmRequest { services: vec![service], ..WarmRequest::default() }, |_| ());
+        supervisor.parts().0[0].stop().unwrap();
+        (warmed.is_ok(), std::fs::read_to_string(&marks).unwrap().lines().count())
+    };
+    assert_eq!(warm("never"), (false, 1));
+    assert_eq!(warm("on-failure"), (true, 3));
 }
 
 #[test]

@@ -3,16 +3,20 @@
 use std::{
     collections::BTreeMap,
     fmt::Debug,
+    io,
     os::fd::OwnedFd,
     sync::{Arc, Weak},
 };
 
+use identity::ForkId;
 use rustix::{
     io::Errno,
+    net::{AddressFamily, SocketFlags, SocketType, socketpair},
     pipe::{PipeFlags, pipe_with},
 };
 
 use crate::{
+    payload::{Expected, Payload},
     state::{AgentState, IDENTITY_VARIABLES, Identity},
     workload::{Process, Start, StartError},
 };
@@ -22,6 +26,10 @@ pub(crate) trait World: Debug + Send + Sync {
     fn environment(&self) -> BTreeMap<String, String>;
     fn identity(&self) -> Option<Arc<Identity>>;
     fn set_recipe_environment(&self, env: BTreeMap<String, String>);
+    /// What the recipe expects of payloads.
+    fn expected(&self) -> Option<Arc<Expected>>;
+    /// Completes the fork's identity; `None` if it is another fork by now, or complete.
+    fn complete(&self, fork: &ForkId, payload: Payload) -> io::Result<Option<Arc<Identity>>>;
 }
 
 impl World for Weak<AgentState> {
@@ -43,15 +51,29 @@ impl World for Weak<AgentState> {
             state.set_recipe_environment(env);
         }
     }
+
+    fn expected(&self) -> Option<Arc<Expected>> {
+        self.upgrade()?.expected().cloned()
+    }
+
+    fn complete(&self, fork: &ForkId, payload: Payload) -> io::Result<Option<Arc<Identity>>> {
+        let Some(state) = self.upgrade() else { return Ok(None) };
+        let Some(identity) = state.completed(fork, payload) else { return Ok(None) };
+        state.keeper().write_payload(&identity)?;
+        state.set_identity(Arc::clone(&identity));
+        state.announce_change();
+        Ok(Some(identity))
+    }
 }
 
 /// The environment of a service: what everything gets, and its own; but who the fork is, and what its caller set, wins.
 pub(crate) fn environment(world: &dyn World, own: &BTreeMap<String, String>) -> BTreeMap<String, String> {
     let mut env = world.environment();
-    let identity = world.identity();
+    let (identity, expected) = (world.identity(), world.expected());
     for (name, value) in own {
         let given = |identity: &Arc<Identity>| identity.env.keys().any(|key| key.as_str() == name);
-        if !IDENTITY_VARIABLES.contains(&name.as_str()) && !identity.as_ref().is_some_and(given) {
+        let of_payload = expected.as_ref().is_some_and(|expected| expected.owns(name));
+        if !IDENTITY_VARIABLES.contains(&name.as_str()) && !of_payload && !identity.as_ref().is_some_and(given) {
             env.insert(name.clone(), value.clone());
         }
     }
@@ -68,6 +90,13 @@ pub(crate) fn output_pipe() -> Result<(OwnedFd, OwnedFd), Errno> {
 /// A pipe whose first end is non-blocking and ours to write, and whose second is the child's to read.
 pub(crate) fn input_pipe() -> Result<(OwnedFd, OwnedFd), Errno> {
     let (theirs, ours) = pipe_with(PipeFlags::CLOEXEC)?;
+    rustix::io::ioctl_fionbio(&ours, true)?;
+    Ok((ours, theirs))
+}
+
+/// Two ends of a socket, the first non-blocking and ours, the second the child's.
+pub(crate) fn socket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     rustix::io::ioctl_fionbio(&ours, true)?;
     Ok((ours, theirs))
 }

@@ -1,12 +1,12 @@
 //! `exec`: a command in a fork, with its streams, its terminal and its exit code.
 
-mod sink;
+pub mod sink;
 
 use std::io::{self, IsTerminal};
 
-use host::guest::{Control, ExecOptions, ExecResult, GuestChannel, GuestError};
+use host::guest::{Control, ExecOptions, ExecResult, GuestError};
 use serde_json::json;
-use tokio::sync::mpsc;
+use tokio::{io::Stdin, sync::mpsc};
 
 use self::sink::{Heard, Sink, Stream};
 use super::{Outcome, block_on, connect};
@@ -28,26 +28,46 @@ const NOT_EXECUTABLE: i32 = 126;
 const NOT_FOUND: i32 = 127;
 
 pub fn run(args: &Exec, output: &Output) -> Outcome {
-    if args.tty && output.json {
-        return Err(Failure::usage("--json and -t exclude each other: a terminal's output is for people"));
-    }
+    check(args, output)?;
     let options = options(args)?;
     let home = host::Home::from_env().map_err(own)?;
     let exec = async {
-        let (_, channel) = connect(&home, &args.fork).await?;
-        drive(args, options, channel, output).await
+        let (_, mut channel) = connect(&home, &args.fork).await?;
+        let run = async |streams: Streams| {
+            let Streams { stdin, stdout, stderr, controls } = streams;
+            channel.exec(options, stdin, stdout, stderr, controls).await.map_err(from_guest)
+        };
+        drive(args, run, output).await
     };
     block_on(exec).map_err(own)
 }
 
+/// What a command is connected to.
+#[derive(Debug)]
+pub struct Streams {
+    pub stdin: Option<Stdin>,
+    pub stdout: Sink,
+    pub stderr: Sink,
+    pub controls: mpsc::Receiver<Control>,
+}
+
+/// What excludes each other.
+pub fn check(args: &Exec, output: &Output) -> Result<(), Failure> {
+    match args.tty && output.json {
+        true => Err(Failure::usage("--json and -t exclude each other: a terminal's output is for people")),
+        false => Ok(()),
+    }
+}
+
 /// A failure of offshoot's, unless the command itself is to blame (126, 127).
-fn own(error: impl Into<Failure>) -> Failure {
+pub fn own(error: impl Into<Failure>) -> Failure {
     let failure = error.into();
     let exit = failure.exit().max(EXEC_FAILED);
     failure.with_exit(exit)
 }
 
-fn options(args: &Exec) -> Result<ExecOptions, Failure> {
+/// What the arguments ask for.
+pub fn options(args: &Exec) -> Result<ExecOptions, Failure> {
     let env = assignments::variables(&args.env)?;
     Ok(ExecOptions {
         argv: args.command.clone(),
@@ -59,7 +79,12 @@ fn options(args: &Exec) -> Result<ExecOptions, Failure> {
     })
 }
 
-async fn drive(args: &Exec, options: ExecOptions, mut channel: GuestChannel, output: &Output) -> Outcome {
+/// Runs a command with this process' streams, terminal and signals.
+pub async fn drive(
+    args: &Exec,
+    run: impl AsyncFnOnce(Streams) -> Result<ExecResult, Failure>,
+    output: &Output,
+) -> Outcome {
     let broken = |error: io::Error| Failure::of("terminal_failed", &error);
     let mut signals = Signals::new().map_err(broken)?;
     // Only now, so that errors before are shown in a sane terminal.
@@ -71,12 +96,12 @@ async fn drive(args: &Exec, options: ExecOptions, mut channel: GuestChannel, out
     let stdin = args.interactive.then(tokio::io::stdin);
     let stdout = Sink::new(Stream::Stdout, output.json, &heard);
     let stderr = Sink::new(Stream::Stderr, output.json, &heard);
-    let running = channel.exec(options, stdin, stdout, stderr, receiver);
+    let running = run(Streams { stdin, stdout, stderr, controls: receiver });
     tokio::pin!(running);
     let mut unanswered = 0;
     loop {
         tokio::select! {
-            result = &mut running => return finish(&result.map_err(from_guest)?, output),
+            result = &mut running => return finish(&result?, output),
             caught = signals.next() => match caught {
                 Caught::Resize if args.tty => {
                     let (rows, columns) = terminal::size();

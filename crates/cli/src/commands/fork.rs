@@ -7,22 +7,26 @@ use std::{
 };
 
 use host::{
-    ForkRecord, ForkRequest, LimitRequest, MailboxRequest, NetworkRequest, engines,
+    ForkRecord, ForkRequest, LimitRequest, MailboxRequest, NetworkRequest,
+    branch::{self, Pause},
+    engines,
     fork::{self, ForkError},
+    forks,
     network::{Later, OnFailure},
     stop,
 };
 use identity::{MailboxName, Secret};
 use net::{Policy, Rate};
+use serde::Deserialize;
 use serde_json::json;
 
-use super::{Failures, Outcome, failed, open_to_make, pool};
+use super::{Failures, Outcome, failed, open_to_make, pool, templates::Engine};
 use crate::{
     args::{self, Fork},
     assignments::{self, AssignmentError},
     error::Failure,
     output::{
-        Output, clean, format,
+        Output, PrintError, clean, format,
         table::{Column, Table},
     },
 };
@@ -31,17 +35,28 @@ pub fn run(args: &Fork, output: &Output) -> Outcome {
     // Everything about the arguments first: nothing is begun for a request that is not valid.
     let request = request(args)?;
     let (home, store) = open_to_make()?;
-    let template = store.get(&args.tag)?;
-    let engine = engines::for_template(template.manifest())?;
-    let results = fork::fork(&home, engine.as_ref(), &template, &request).map_err(failed)?;
-
-    pool::fill_later(&home, &args.tag);
+    let (results, pause) = match (&args.from, &args.tag) {
+        (Some(source), _) => {
+            let source = forks::get(&home, source)?;
+            let made = branch::fork_from(&home, &store, &source, std::slice::from_ref(&request));
+            let made = made.map_err(|(_, error)| failed(error))?;
+            (made.forks, made.pause)
+        }
+        (None, Some(tag)) => {
+            let template = store.get(tag)?;
+            let engine = engines::for_template(template.manifest())?;
+            let results = fork::fork(&home, engine.as_ref(), &template, &request).map_err(failed)?;
+            pool::fill_later(&home, tag);
+            (results, None)
+        }
+        (None, None) => unreachable!("clap asks for one of the two"),
+    };
     let mut failures = Failures::default();
     let mut made = Vec::new();
     for (index, result) in results.into_iter().enumerate() {
         made.extend(failures.add::<ForkRecord, ForkError>(&format!("fork {}", index + 1), result));
     }
-    print(&made, &failures, output)?;
+    print(&made, &failures, pause.as_ref(), output)?;
     if let Some(signal) = stop::requested().filter(|_| made.len() < request.count) {
         let message = match made.len() {
             0 => "interrupted; nothing is left behind".into(),
@@ -56,9 +71,13 @@ pub fn run(args: &Fork, output: &Output) -> Outcome {
     Ok(0)
 }
 
-fn print(made: &[ForkRecord], failures: &Failures, output: &Output) -> Result<(), crate::output::PrintError> {
+fn print(made: &[ForkRecord], failures: &Failures, pause: Option<&Pause>, output: &Output) -> Result<(), PrintError> {
     if output.json {
-        return output.document(&json!({ "forks": made, "failed": failures.to_json("fork") }));
+        let mut document = json!({ "forks": made, "failed": failures.to_json("fork") });
+        if let Some(pause) = pause {
+            document["source"] = json!(pause);
+        }
+        return output.document(&document);
     }
     if output.quiet {
         return made.iter().try_for_each(|record| output.line(record.name.as_str()));
@@ -66,29 +85,58 @@ fn print(made: &[ForkRecord], failures: &Failures, output: &Output) -> Result<()
     if made.is_empty() {
         return Ok(());
     }
+    let rows = made.iter().map(|record| Row {
+        name: record.name.to_string(),
+        id: record.id.to_string(),
+        acked_micros: record.acked_micros,
+        engine: Engine { name: record.engine.name.to_string(), accel: record.engine.accel.to_string() },
+    });
+    print_table(&rows.collect::<Vec<_>>(), output)?;
+    if let Some(pause) = pause {
+        note_pause(pause.frozen_micros, output);
+    }
+    let troubles = made.iter().filter_map(|record| record.network.as_ref()).flat_map(|network| &network.troubles);
+    note_troubles(troubles, output);
+    Ok(())
+}
+
+/// What is shown of a fork that was made.
+#[derive(Debug, Deserialize)]
+pub struct Row {
+    pub name: String,
+    pub id: String,
+    pub acked_micros: u64,
+    pub engine: Engine,
+}
+
+/// As text.
+pub fn print_table(made: &[Row], output: &Output) -> Result<(), PrintError> {
     let mut table = Table::new(&[
         Column::whole("NAME"),
         Column::text("ID"),
         Column::number("MS TO IDENTITY"),
         Column::text("ENGINE"),
     ]);
-    for record in made {
-        table.row([
-            record.name.to_string(),
-            record.id.to_string(),
-            format::millis(record.acked_micros),
-            format!("{} {}", record.engine.name, record.engine.accel),
-        ]);
+    for fork in made {
+        table.row([fork.name.clone(), fork.id.clone(), format::millis(fork.acked_micros), fork.engine.to_string()]);
     }
-    output.table(&table)?;
-    let troubles = made.iter().filter_map(|record| record.network.as_ref()).flat_map(|network| &network.troubles);
+    output.table(&table)
+}
+
+/// How long the source of a fork was held up.
+pub fn note_pause(frozen_micros: u64, output: &Output) {
+    output.note(&format!("nothing of the source ran for {} ms", format::millis(frozen_micros)));
+}
+
+/// What went wrong on the way to forks' networks.
+pub fn note_troubles<'a>(troubles: impl Iterator<Item = &'a String>, output: &Output) {
     // Most are about the host, and the same for all.
     let troubles: BTreeSet<&String> = troubles.collect();
     troubles.into_iter().for_each(|trouble| output.note(&clean::line(trouble)));
-    Ok(())
 }
 
-fn request(args: &Fork) -> Result<ForkRequest, AssignmentError> {
+/// What the arguments ask for.
+pub fn request(args: &Fork) -> Result<ForkRequest, AssignmentError> {
     Ok(ForkRequest {
         count: args.count,
         name: args.name.clone(),
@@ -99,6 +147,7 @@ fn request(args: &Fork) -> Result<ForkRequest, AssignmentError> {
         mailboxes: mailboxes(args)?,
         limits: LimitRequest { memory: args.memory_limit, cpu_millis: args.cpus, pids: args.pids },
         network: network(&args.network)?,
+        origin: None,
     })
 }
 

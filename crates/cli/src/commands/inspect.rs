@@ -17,6 +17,7 @@ pub fn run(args: &OfFork, output: &Output) -> Outcome {
             fields.insert("network".into(), json!(network));
         }
         fields.insert("alive".into(), json!(alive));
+        fields.insert("state".into(), json!(super::ls::state(&record)));
         fields.insert("directory".into(), json!(forks::dir(&home, &record)));
         fields.insert("private_bytes".into(), json!(memory.map(|memory| memory.0)));
         fields.insert("shared_bytes".into(), json!(memory.map(|memory| memory.1)));

@@ -4,7 +4,10 @@ use host::forks;
 use serde_json::json;
 
 use super::{Failures, Outcome, open};
-use crate::{args::Kill, output::Output};
+use crate::{
+    args::Kill,
+    output::{Output, PrintError, clean},
+};
 
 pub fn run(args: &Kill, output: &Output) -> Outcome {
     let (home, _) = open()?;
@@ -23,7 +26,7 @@ pub fn run(args: &Kill, output: &Output) -> Outcome {
     };
     let mut killed = Vec::new();
     for record in records {
-        let was_alive = record.is_alive();
+        let was_alive = !record.is_dead();
         if failures.add(record.name.as_str(), forks::kill(&home, &record)).is_some() {
             killed.push((record, was_alive));
         }
@@ -34,15 +37,21 @@ pub fn run(args: &Kill, output: &Output) -> Outcome {
             .map(|(record, was_alive)| json!({ "id": record.id, "name": record.name, "was_alive": was_alive }))
             .collect();
         output.document(&json!({ "killed": killed, "failed": failures.to_json("fork") }))?;
-    } else if !output.quiet {
-        for (record, was_alive) in &killed {
-            let how = if *was_alive { "killed" } else { "removed (it was dead)" };
-            output.line(&format!("{}  {how}", record.name))?;
-        }
+    } else {
+        killed.iter().try_for_each(|(record, was_alive)| print(record.name.as_str(), *was_alive, output))?;
         if args.all && asked == 0 {
             output.note("no forks");
         }
     }
     failures.finish(asked, "forks could not be removed")?;
     Ok(0)
+}
+
+/// As text.
+pub fn print(name: &str, was_alive: bool, output: &Output) -> Result<(), PrintError> {
+    if output.quiet {
+        return Ok(());
+    }
+    let how = if was_alive { "killed" } else { "removed (it was dead)" };
+    output.line(&format!("{}  {how}", clean::line(name)))
 }

@@ -8,7 +8,7 @@ use super::{Outcome, block_on, connect};
 use crate::{
     args::OfFork,
     error::{FAILED, Failure},
-    output::{Output, clean, format},
+    output::{Output, PrintError, clean, format},
 };
 
 pub fn run(args: &OfFork, output: &Output) -> Outcome {
@@ -19,11 +19,7 @@ pub fn run(args: &OfFork, output: &Output) -> Outcome {
         let pong = channel.ping().await?;
         Ok((record, pong, started.elapsed().as_secs_f64() * 1e3))
     })?;
-    if pong.fork_id != record.id.as_str() {
-        let seen: String = pong.fork_id.chars().take(40).collect();
-        return Err(Failure::new("wrong_identity", format!("fork {} says that it is {seen:?}", record.name))
-            .with_next(format!("offshoot kill {}", record.name)));
-    }
+    check(record.name.as_str(), record.id.as_str(), &pong.fork_id)?;
     let state: String = pong.state.chars().take(40).collect();
     if output.json {
         output.document(&json!({
@@ -36,8 +32,23 @@ pub fn run(args: &OfFork, output: &Output) -> Outcome {
             "wall_clock_ns": pong.wall_clock_ns.to_string(),
         }))?;
     } else {
-        let (millis, state) = (format::float_millis(millis), clean::line(&state));
-        output.line(&format!("{}  {state}, answered in {millis} ms", record.name))?;
+        print(record.name.as_str(), &state, millis, output)?;
     }
     Ok(if state == "running" { 0 } else { FAILED })
+}
+
+/// Nothing if the fork is who it should be.
+pub fn check(name: &str, id: &str, seen: &str) -> Result<(), Failure> {
+    if seen == id {
+        return Ok(());
+    }
+    let seen: String = seen.chars().take(40).collect();
+    let failure = Failure::new("wrong_identity", format!("fork {name} says that it is {seen:?}"));
+    Err(failure.with_next(format!("offshoot kill {name}")))
+}
+
+/// As text.
+pub fn print(name: &str, state: &str, millis: f64, output: &Output) -> Result<(), PrintError> {
+    let (name, state) = (clean::line(name), clean::line(state));
+    output.line(&format!("{name}  {state}, answered in {} ms", format::float_millis(millis)))
 }

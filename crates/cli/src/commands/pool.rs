@@ -12,6 +12,7 @@ use host::{
     pool::{self, Pool},
 };
 use identity::Tag;
+use serde::Deserialize;
 use serde_json::json;
 
 use super::{Outcome, failed, open, open_to_make};
@@ -98,6 +99,28 @@ fn print(pools: &[Pool], output: &Output) -> Result<(), PrintError> {
     if output.json {
         return output.document(&json!({ "pools": pools }));
     }
+    let row = |pool: &Pool| Row {
+        template: pool.template.to_string(),
+        network: pool.network.to_string(),
+        size: pool.size,
+        ready: pool.ready,
+        private_bytes: pool.private_bytes,
+    };
+    print_table(&pools.iter().map(row).collect::<Vec<_>>(), output)
+}
+
+/// What is shown of a pool.
+#[derive(Debug, Deserialize)]
+pub struct Row {
+    pub template: String,
+    pub network: String,
+    pub size: usize,
+    pub ready: usize,
+    pub private_bytes: u64,
+}
+
+/// As text.
+pub fn print_table(pools: &[Row], output: &Output) -> Result<(), PrintError> {
     if pools.is_empty() {
         output.note("no spare machines; `offshoot pool TAG 4` keeps four ready");
         return Ok(());
@@ -111,8 +134,8 @@ fn print(pools: &[Pool], output: &Output) -> Result<(), PrintError> {
     ]);
     for pool in pools {
         table.row([
-            pool.template.to_string(),
-            pool.network.to_string(),
+            pool.template.clone(),
+            pool.network.clone(),
             pool.size.to_string(),
             pool.ready.to_string(),
             format::bytes(pool.private_bytes),

@@ -1,19 +1,30 @@
 //! `rmi`
 
-use host::pool;
+use host::{pool, standby};
+use identity::Tag;
 use serde_json::json;
 
 use super::{Outcome, open};
-use crate::{args::Rmi, output::Output};
+use crate::{
+    args::Rmi,
+    output::{Output, PrintError},
+};
 
 pub fn run(args: &Rmi, output: &Output) -> Outcome {
     let (home, store) = open()?;
-    store.remove(&args.tag)?;
+    standby::remove_template(&home, &store, &args.tag)?;
     pool::end(&home, &args.tag)?;
-    if output.json {
-        output.document(&json!({ "removed": args.tag }))?;
-    } else if !output.quiet {
-        output.line(&format!("removed template {}", args.tag))?;
-    }
+    print(&args.tag, output)?;
     Ok(0)
+}
+
+/// That it is gone.
+pub fn print(tag: &Tag, output: &Output) -> Result<(), PrintError> {
+    if output.json {
+        output.document(&json!({ "removed": tag }))
+    } else if output.quiet {
+        Ok(())
+    } else {
+        output.line(&format!("removed template {tag}"))
+    }
 }

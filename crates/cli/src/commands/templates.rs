@@ -1,13 +1,16 @@
 //! `templates`
 
+use std::fmt;
+
+use serde::Deserialize;
 use serde_json::json;
-use store::Manifest;
+use store::{Finding, Manifest};
 
 use super::{Outcome, open};
 use crate::{
     error::Failure,
     output::{
-        Output, format,
+        Output, PrintError, format,
         table::{Column, Table},
     },
 };
@@ -26,8 +29,57 @@ pub fn run(output: &Output) -> Outcome {
         let templates: Vec<_> = usable.iter().map(|manifest| describe(manifest, disk(manifest))).collect();
         let broken: Vec<_> = broken.iter().map(Failure::to_value).collect();
         output.document(&json!({ "templates": templates, "broken": broken }))?;
-        return Ok(0);
+    } else {
+        let row = |manifest: &Manifest| Row {
+            tag: manifest.tag.to_string(),
+            recipe: manifest.recipe.clone(),
+            memory_bytes: manifest.machine.memory_bytes,
+            disk_bytes: disk(manifest),
+            vcpus: manifest.machine.vcpus,
+            engine: Engine { name: manifest.engine.name.to_string(), accel: manifest.engine.accel.to_string() },
+            kernel: manifest.kernel.clone(),
+            created_ms: manifest.created_ms,
+            findings: manifest.findings.clone(),
+            findings_left_out: manifest.findings_left_out,
+        };
+        print(&usable.iter().map(row).collect::<Vec<_>>(), &broken, output)?;
     }
+    Ok(0)
+}
+
+/// What is shown of a template.
+#[derive(Debug, Deserialize)]
+pub struct Row {
+    pub tag: String,
+    pub recipe: String,
+    pub memory_bytes: u64,
+    pub disk_bytes: u64,
+    pub vcpus: u32,
+    pub engine: Engine,
+    pub kernel: String,
+    pub created_ms: u64,
+    /// A daemon of an older version tells of none.
+    #[serde(default)]
+    pub findings: Vec<Finding>,
+    #[serde(default)]
+    pub findings_left_out: u32,
+}
+
+/// What runs machines.
+#[derive(Debug, Deserialize)]
+pub struct Engine {
+    pub name: String,
+    pub accel: String,
+}
+
+impl fmt::Display for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.name, self.accel)
+    }
+}
+
+/// As text.
+pub fn print(templates: &[Row], broken: &[Failure], output: &Output) -> Result<(), PrintError> {
     let mut table = Table::new(&[
         Column::whole("TAG"),
         Column::text("RECIPE"),
@@ -37,17 +89,19 @@ pub fn run(output: &Output) -> Outcome {
         Column::text("ENGINE"),
         Column::text("KERNEL"),
         Column::number("AGE"),
+        Column::number("FINDINGS"),
     ]);
-    for manifest in &usable {
+    for template in templates {
         table.row([
-            manifest.tag.to_string(),
-            manifest.recipe.clone(),
-            format::bytes(manifest.machine.memory_bytes),
-            format::bytes(disk(manifest)),
-            manifest.machine.vcpus.to_string(),
-            format!("{} {}", manifest.engine.name, manifest.engine.accel),
-            manifest.kernel.clone(),
-            format::age(manifest.created_ms),
+            template.tag.clone(),
+            template.recipe.clone(),
+            format::bytes(template.memory_bytes),
+            format::bytes(template.disk_bytes),
+            template.vcpus.to_string(),
+            template.engine.to_string(),
+            template.kernel.clone(),
+            format::age(template.created_ms),
+            (template.findings.len() + template.findings_left_out as usize).to_string(),
         ]);
     }
     if table.is_empty() && broken.is_empty() {
@@ -55,10 +109,10 @@ pub fn run(output: &Output) -> Outcome {
     } else if !table.is_empty() {
         output.table(&table)?;
     }
-    for failure in &broken {
+    for failure in broken {
         output.note(&format!("warning: {}", failure.on_one_line()));
     }
-    Ok(0)
+    Ok(())
 }
 
 fn describe(manifest: &Manifest, disk_bytes: u64) -> serde_json::Value {
@@ -74,5 +128,7 @@ fn describe(manifest: &Manifest, disk_bytes: u64) -> serde_json::Value {
         "created_ms": manifest.created_ms,
         "build_ms": manifest.build_millis,
         "warnings": manifest.warnings,
+        "findings": manifest.findings,
+        "findings_left_out": manifest.findings_left_out,
     })
 }

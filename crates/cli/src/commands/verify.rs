@@ -42,7 +42,8 @@ pub fn run(args: &Verify, output: &Output) -> Outcome {
     Ok(if verdict.passed { 0 } else { FAILED })
 }
 
-fn print(verdict: &Verdict, output: &Output) -> Result<(), PrintError> {
+/// As text.
+pub fn print(verdict: &Verdict, output: &Output) -> Result<(), PrintError> {
     if !output.quiet {
         output.table(&table(&verdict.rows))?;
         output.line("")?;

@@ -40,6 +40,15 @@ pub fn age(since_ms: u64) -> String {
     span(now().saturating_sub(Duration::from_millis(since_ms)))
 }
 
+/// In how long a time in milliseconds since the epoch comes.
+#[must_use]
+pub fn until(time_ms: u64) -> String {
+    match Duration::from_millis(time_ms).checked_sub(now()) {
+        Some(left) if !left.is_zero() => format!("in {}", span(left)),
+        _ => "over".into(),
+    }
+}
+
 /// Milliseconds from microseconds, with one decimal.
 #[must_use]
 pub fn millis(micros: u64) -> String {

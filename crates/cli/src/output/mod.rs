@@ -5,8 +5,12 @@ pub mod format;
 pub mod progress;
 pub mod style;
 pub mod table;
+mod wrap;
 
-use std::io::{self, IsTerminal, Write};
+use std::{
+    io::{self, IsTerminal, Write},
+    os::fd::AsFd,
+};
 
 use rustix::termios;
 use serde::Serialize;
@@ -39,6 +43,8 @@ pub struct Output {
     pub style: Style,
     /// Columns of the terminal; `None` where standard output is none.
     width: Option<usize>,
+    /// The same of standard error.
+    notes_width: Option<usize>,
 }
 
 impl Output {
@@ -46,11 +52,8 @@ impl Output {
     #[must_use]
     pub fn new(json: bool, quiet: bool) -> Self {
         let stdout = io::stdout();
-        let width = stdout
-            .is_terminal()
-            .then(|| termios::tcgetwinsize(&stdout).map_or(80, |size| usize::from(size.ws_col)))
-            .map(|columns| if columns == 0 { 80 } else { columns });
-        Self { json, quiet, style: Style::of(stdout.is_terminal()), width }
+        let (width, notes_width) = (columns(&stdout), columns(&io::stderr()));
+        Self { json, quiet, style: Style::of(stdout.is_terminal()), width, notes_width }
     }
 
     /// Prints `value` as one JSON document.
@@ -96,6 +99,19 @@ impl Output {
             let _ = writeln!(io::stderr(), "{text}");
         }
     }
+
+    /// The same for a long text of one line: it is broken between words to fit the terminal, and set off from its second line on.
+    pub fn note_wrapped(&self, text: &str, indent: usize) {
+        match self.notes_width {
+            Some(width) => self.note(&wrap::wrap(text, width, indent)),
+            None => self.note(text),
+        }
+    }
+}
+
+fn columns<T: AsFd + IsTerminal>(stream: &T) -> Option<usize> {
+    let columns = || termios::tcgetwinsize(stream).map_or(80, |size| usize::from(size.ws_col));
+    stream.is_terminal().then(columns).map(|columns| if columns == 0 { 80 } else { columns })
 }
 
 /// Writes bytes to standard output, at once and as they are.

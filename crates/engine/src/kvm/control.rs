@@ -15,9 +15,13 @@ use std::{
 use identity::mailbox::{PAGE_SIZE, Page, offset};
 use memory::PrivateMemory;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
-use vmm::worker::protocol::{Frame, FrameError, Phase, Reply, Request, Write};
+use vmm::worker::protocol::{Frame, FrameError, MAX_FRAME, Phase, Range, Reply, Request, Write};
 
 use crate::EngineError;
+
+/// [`PAGE_SIZE`], for ranges.
+const PAGE_LEN: u32 = 4096;
+const _: () = assert!(PAGE_LEN as usize == PAGE_SIZE);
 
 /// A connection to a worker.
 #[derive(Debug)]
@@ -87,6 +91,21 @@ impl Control {
         }
     }
 
+    /// Pages of the machine's memory.
+    fn pages(&self, offsets: &[u64], limit: Duration) -> Result<Vec<Page>, ControlError> {
+        let mut pages = Vec::with_capacity(offsets.len());
+        for some in offsets.chunks(MAX_FRAME / PAGE_SIZE / 2) {
+            let ranges = some.iter().map(|&offset| Range { offset, len: PAGE_LEN }).collect();
+            match self.ask(&Request::Read(ranges), None, limit)?.as_reply()? {
+                Reply::Bytes(bytes) if bytes.len() == some.len() * PAGE_SIZE => {
+                    pages.extend_from_slice(bytes.as_chunks::<PAGE_SIZE>().0);
+                }
+                other => return Err(unexpected(&other)),
+            }
+        }
+        Ok(pages)
+    }
+
     fn ask(
         &self,
         request: &Request<'_>,
@@ -141,12 +160,13 @@ fn unexpected(reply: &Reply<'_>) -> ControlError {
 
 /// A worker's machine that has never run, as memory.
 ///
-/// It is a private mapping that nobody has written to, so what is to be seen in it stands in the template's file as well;
+/// It is a private mapping that nobody has written to, so what is to be seen in that of a template stands in its file as well;
 /// reading that instead of asking saves a question. The worker makes sure of it before it writes.
 #[derive(Debug)]
 pub(super) struct WorkerMemory<'a> {
     control: &'a Control,
-    template: &'a File,
+    /// `None` for what a captured fork had for itself above its template.
+    template: Option<&'a File>,
     size: u64,
     limit: Duration,
     /// The heads of the pages that were read, by offset.
@@ -157,7 +177,7 @@ pub(super) struct WorkerMemory<'a> {
 const HEAD: usize = offset::PAYLOAD_LEN;
 
 impl<'a> WorkerMemory<'a> {
-    pub(super) fn new(control: &'a Control, template: &'a File, size: u64, limit: Duration) -> Self {
+    pub(super) fn new(control: &'a Control, template: Option<&'a File>, size: u64, limit: Duration) -> Self {
         Self { control, template, size, limit, seen: RefCell::default() }
     }
 }
@@ -168,14 +188,20 @@ impl PrivateMemory for WorkerMemory<'_> {
     }
 
     fn read_pages(&self, offsets: &[u64]) -> io::Result<Vec<Page>> {
-        let mut seen = self.seen.borrow_mut();
-        let read = |&offset: &u64| {
-            let mut page: Page = [0; PAGE_SIZE];
-            self.template.read_exact_at(&mut page, offset)?;
-            seen.extend(page.first_chunk().map(|head| (offset, *head)));
-            Ok(page)
+        let pages = match self.template {
+            None => self.control.pages(offsets, self.limit).map_err(ControlError::into_io)?,
+            Some(template) => {
+                let read = |&offset: &u64| {
+                    let mut page: Page = [0; PAGE_SIZE];
+                    template.read_exact_at(&mut page, offset)?;
+                    Ok::<_, io::Error>(page)
+                };
+                offsets.iter().map(read).collect::<Result<_, _>>()?
+            }
         };
-        offsets.iter().map(read).collect()
+        let heads = offsets.iter().zip(&pages);
+        self.seen.borrow_mut().extend(heads.filter_map(|(&offset, page)| Some((offset, *page.first_chunk()?))));
+        Ok(pages)
     }
 
     /// In one request: all or nothing.
@@ -253,11 +279,21 @@ mod tests {
             (expected[0].offset, expected[0].bytes.to_vec(), writes[0].bytes.to_vec())
         });
         let control = Control::new(ours);
-        let memory = WorkerMemory::new(&control, &template, 3 * 4096, LIMIT);
+        let memory = WorkerMemory::new(&control, Some(&template), 3 * 4096, LIMIT);
         assert_eq!(&memory.read_pages(&[4096]).unwrap()[0][..6], b"marker");
         assert!(memory.read_pages(&[3 * 4096]).is_err());
         memory.write_in_order(&[(4096 + 300, b"letter")]).unwrap();
         let (offset, head, letter) = worker.join().unwrap();
         assert_eq!((offset, &head[..6], head.len(), letter.as_slice()), (4096, &b"marker"[..], HEAD, &b"letter"[..]));
+    }
+
+    #[test]
+    fn above_a_template_the_worker_is_asked() {
+        let own: Page = [7; PAGE_SIZE];
+        let control = answering(reply(&Reply::Bytes(&own)));
+        let memory = WorkerMemory::new(&control, None, 3 * 4096, LIMIT);
+        assert_eq!(memory.read_pages(&[4096]).unwrap(), [own]);
+        let short = answering(reply(&Reply::Bytes(&own[1..])));
+        assert!(WorkerMemory::new(&short, None, 3 * 4096, LIMIT).read_pages(&[4096]).is_err());
     }
 }

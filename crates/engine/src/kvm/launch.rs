@@ -11,7 +11,7 @@ use std::{
 use vmm::{
     config::MachineConfig,
     worker::{
-        launch::{Launch, Network, Purpose as WorkerPurpose, Start},
+        launch::{Launch, Network, Own, Purpose as WorkerPurpose, Start},
         protocol::Request,
     },
 };
@@ -31,8 +31,19 @@ const ADOPT_LIMIT: Duration = Duration::from_secs(2);
 /// What a worker's guest begins from.
 #[derive(Debug)]
 pub(super) enum Source {
-    Boot { memory: File, kernel: File, initramfs: Option<File>, console: File },
-    Restore { memory: File, state: File, pages: Option<File> },
+    Boot {
+        memory: File,
+        kernel: File,
+        initramfs: Option<File>,
+        console: File,
+    },
+    Restore {
+        memory: File,
+        state: File,
+        pages: Option<File>,
+        /// What a captured fork had for itself, and the id of its template.
+        own: Option<(File, String)>,
+    },
 }
 
 /// What a worker's machine has, wherever its guest begins.
@@ -50,8 +61,8 @@ pub(super) struct Parts<'a> {
 pub(super) struct Worker {
     pub(super) machine: MachineProcess,
     pub(super) control: Control,
-    /// The memory file: what a fork's memory is a copy of.
-    pub(super) template: File,
+    /// The memory file, if a fork's memory is a copy of it; not if a captured fork's own pages are above it.
+    pub(super) template: Option<File>,
     pub(super) memory_bytes: u64,
 }
 
@@ -69,6 +80,7 @@ impl Worker {
         let own = MachineDir::new(dir)?;
         let kvm = open_kvm()?;
         let root_image = machine_dir::open(root_image)?;
+        let is_copy = !matches!(source, Source::Restore { own: Some(_), .. });
         let (memory, others, start) = source.start();
         let vcpus = u8::try_from(machine.vcpus)
             .map_err(|_| EngineError::Refused { during, reason: format!("{} vCPUs are too many", machine.vcpus) })?;
@@ -107,7 +119,7 @@ impl Worker {
         let worker = Self {
             machine: machine_process,
             control: Control::new(stream),
-            template: memory,
+            template: is_copy.then_some(memory),
             memory_bytes: machine.memory_bytes,
         };
         match worker.check(machine, START_LIMIT, during) {
@@ -133,7 +145,7 @@ impl Worker {
         let worker = Self {
             machine: MachineProcess::adopt(process, ack, dir),
             control,
-            template,
+            template: Some(template),
             memory_bytes: machine.memory_bytes,
         };
         worker.check(machine, ADOPT_LIMIT, during)?;
@@ -167,9 +179,19 @@ impl Source {
     /// The memory file, files to keep until the worker has them, and what to tell it of them.
     fn start(self) -> (File, Vec<File>, Start) {
         match self {
-            Self::Restore { memory, state, pages } => {
-                let start = Start::Restore { state: state.as_raw_fd(), pages: pages.as_ref().map(AsRawFd::as_raw_fd) };
-                (memory, [state].into_iter().chain(pages).collect(), start)
+            Self::Restore { memory, state, pages, own } => {
+                let (own, named) = own
+                    .map(|(file, template)| {
+                        let number = file.as_raw_fd();
+                        (file, Own { file: number, template })
+                    })
+                    .unzip();
+                let start = Start::Restore {
+                    state: state.as_raw_fd(),
+                    pages: pages.as_ref().map(AsRawFd::as_raw_fd),
+                    own: named,
+                };
+                (memory, [state].into_iter().chain(pages).chain(own).collect(), start)
             }
             Self::Boot { memory, kernel, initramfs, console } => {
                 let start = Start::Boot {

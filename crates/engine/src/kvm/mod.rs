@@ -5,6 +5,7 @@
 
 mod control;
 mod find;
+mod held;
 mod launch;
 mod probe;
 
@@ -27,7 +28,7 @@ pub use probe::probe;
 
 use crate::{
     Accel, AckStream, BootSpec, BootedVm, Capabilities, DeliverError, Engine, EngineError, EngineInfo, EngineName,
-    Letter, Machine, PausedVm, ProcessRef, RestoreSpec, RunningVm, SpareVm, machine_dir,
+    HeldVm, HoldSpec, Letter, Machine, PausedVm, ProcessRef, RestoreSpec, RunningVm, SpareVm, machine_dir,
     machine_process::Purpose,
     vm::{PausedBackend, SpareBackend},
 };
@@ -71,6 +72,10 @@ impl KvmEngine {
             state: machine_dir::open(spec.state_file)?,
             // It may not be there yet.
             pages: spec.pages_file.and_then(|path| File::open(path).ok()),
+            own: match spec.delta {
+                Some((path, template)) => Some((machine_dir::open(path)?, template.to_owned())),
+                None => None,
+            },
         };
         let parts = Parts {
             dir: spec.dir,
@@ -115,7 +120,13 @@ impl Engine for KvmEngine {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { patch_memory: true, copy_on_write: true, branch: false, read_only_template: true }
+        Capabilities {
+            patch_memory: true,
+            copy_on_write: true,
+            read_only_template: true,
+            // A worker writes to its machine before the first run only.
+            rehearse: false,
+        }
     }
 
     fn boot(&self, spec: &BootSpec<'_>) -> Result<Box<dyn BootedVm>, EngineError> {
@@ -133,6 +144,10 @@ impl Engine for KvmEngine {
     fn adopt(&self, spec: &RestoreSpec<'_>, process: &ProcessRef) -> Result<PausedVm, EngineError> {
         let template = machine_dir::open(spec.memory_file)?;
         Ok(PausedVm::new(Box::new(Paused(Worker::adopt(spec.dir, spec.machine, template, process.clone())?))))
+    }
+
+    fn hold(&self, spec: &HoldSpec<'_>, process: &ProcessRef) -> Result<HeldVm, EngineError> {
+        Ok(HeldVm::new(Box::new(held::Held::take(spec, process)?)))
     }
 
     fn pages_to_have_ready(
@@ -184,7 +199,9 @@ impl SpareBackend for Spare {
     }
 
     fn release(self: Box<Self>) {
-        let _ = self.0.machine.release();
+        if let (Some(child), _) = self.0.machine.release() {
+            crate::process::leave(child);
+        }
     }
 }
 
@@ -197,7 +214,7 @@ impl PausedBackend for Paused {
     }
 
     fn patch(&mut self, letters: &[Letter<'_>]) -> Result<(), DeliverError> {
-        let memory = WorkerMemory::new(&self.0.control, &self.0.template, self.0.memory_bytes, COMMAND_LIMIT);
+        let memory = WorkerMemory::new(&self.0.control, self.0.template.as_ref(), self.0.memory_bytes, COMMAND_LIMIT);
         let letters: Vec<_> =
             letters.iter().map(|letter| (letter.mailbox, letter.payload.expose(), &letter.ack_key)).collect();
         fill_mailboxes(&memory, &letters)?;

@@ -152,7 +152,12 @@ impl CommandLine {
 
     /// What only a fork needs: it starts stopped, and waits to be told where its state is. The kernel is in memory by now.
     /// Its console goes to a ring in memory: a file would let a guest fill the host's disk.
-    pub(super) fn restore(mut self) -> Self {
+    ///
+    /// The state of a fork that was captured while it ran begins without the section that says how it was sent.
+    pub(super) fn restore(mut self, of_fork: bool) -> Self {
+        if of_fork {
+            self.option("-global", "migration.send-configuration=off");
+        }
         self.flag("-S");
         self.option("-incoming", "defer");
         self.option("-chardev", "ringbuf,id=console,size=65536");

@@ -143,7 +143,7 @@ impl Qemu {
         let (monitor, ack) = machine_dir::reconnect(dir).map_err(|source| EngineError::Control { during, source })?;
         let mut qmp = Qmp::start(monitor, ADOPT_LIMIT)?;
         let status = qmp.run(during, "query-status", Value::Null, ADOPT_LIMIT)?;
-        // A spare has loaded its template and has never run.
+        // A spare has loaded its template, and does not run; if it has rehearsed, it does not run any more.
         if status.get("running") != Some(&Value::Bool(false)) {
             return Err(EngineError::Refused { during, reason: "it is not paused".into() });
         }

@@ -5,6 +5,7 @@
 //! have been written through `/proc/PID/mem`.
 
 mod command;
+mod held;
 mod kvm;
 mod launch;
 mod qmp;
@@ -22,14 +23,14 @@ use std::{
     time::Duration,
 };
 
-use memory::ProcessMemory;
+use memory::{Delta, ProcessMemory};
 use serde_json::{Value, json};
 
 pub use kvm::probe;
 
 use crate::{
     Accel, AckStream, BootSpec, BootedVm, Capabilities, DeliverError, Engine, EngineError, EngineInfo, EngineName,
-    Letter, PausedVm, ProcessRef, RestoreSpec, RunningVm, SpareVm, machine_dir,
+    HeldVm, HoldSpec, Letter, PausedVm, ProcessRef, RehearseError, RestoreSpec, RunningVm, SpareVm, machine_dir,
     machine_process::Purpose,
     vm::{PausedBackend, SpareBackend},
 };
@@ -136,8 +137,8 @@ impl Engine for QemuEngine {
         Capabilities {
             patch_memory: true,
             copy_on_write: true,
-            branch: false,
             read_only_template: self.read_only_template,
+            rehearse: true,
         }
     }
 
@@ -152,7 +153,9 @@ impl Engine for QemuEngine {
     }
 
     fn prepare(&self, spec: &RestoreSpec<'_>) -> Result<SpareVm, EngineError> {
-        Ok(SpareVm::new(Box::new(Spare(self.load(spec, Purpose::Spare)?))))
+        let memory = machine_dir::open(spec.memory_file)?;
+        let qemu = self.load(spec, Purpose::Spare)?;
+        Ok(SpareVm::new(Box::new(Spare { qemu, memory, size: spec.machine.memory_bytes })))
     }
 
     fn adopt(&self, spec: &RestoreSpec<'_>, process: &ProcessRef) -> Result<PausedVm, EngineError> {
@@ -167,6 +170,10 @@ impl Engine for QemuEngine {
         let qemu = Qemu::adopt(spec.dir, process.clone())?;
         Ok(PausedVm::new(Box::new(Paused { qemu, memory, size, opened: Some(opened) })))
     }
+
+    fn hold(&self, spec: &HoldSpec<'_>, process: &ProcessRef) -> Result<HeldVm, EngineError> {
+        Ok(HeldVm::new(Box::new(held::Held::take(spec, process)?)))
+    }
 }
 
 impl QemuEngine {
@@ -177,13 +184,27 @@ impl QemuEngine {
         prepared.lend(network);
         let usage = if self.read_only_template { MemoryUse::PrivateReadOnly } else { MemoryUse::Private };
         let name = file_name(spec.memory_file);
-        let line = CommandLine::machine(spec.machine, self.info.accel, usage, &name, prepared.fds(), network);
-        let mut qemu = launch::launch(&self.program, spec.dir, line.restore(), prepared, &spec.confinement, purpose)?;
-        match load_state(&mut qemu, state) {
+        let line = CommandLine::machine(spec.machine, self.info.accel, usage, &name, prepared.fds(), network)
+            .restore(spec.delta.is_some());
+        let mut qemu = launch::launch(&self.program, spec.dir, line, prepared, &spec.confinement, purpose)?;
+        // The devices look into the memory as they load: it has to be there first.
+        let loaded = put_delta(&qemu, spec).and_then(|()| load_state(&mut qemu, state));
+        match loaded {
             Ok(()) => Ok(qemu),
             Err(error) => Err(qemu.explain(error, LOADING)),
         }
     }
+}
+
+/// Puts the pages of a captured fork above its template's memory.
+fn put_delta(qemu: &Qemu, spec: &RestoreSpec<'_>) -> Result<(), EngineError> {
+    let Some((path, template)) = spec.delta else { return Ok(()) };
+    let size = spec.machine.memory_bytes;
+    let delta = Delta::open(machine_dir::open(path)?, size, template)?;
+    let memory = machine_dir::open(spec.memory_file)?;
+    let memory = ProcessMemory::open(qemu.machine.process.pid, &memory, size)
+        .map_err(|error| EngineError::Refused { during: LOADING, reason: error.to_string() })?;
+    Ok(delta.apply(&memory)?)
 }
 
 /// Loads the device state from a descriptor that the process has. The capability can only be set once the monitor is
@@ -268,16 +289,46 @@ struct Paused {
 }
 
 #[derive(Debug)]
-struct Spare(Qemu);
+struct Spare {
+    qemu: Qemu,
+    memory: File,
+    size: u64,
+}
 
 impl SpareBackend for Spare {
     fn process(&self) -> &ProcessRef {
-        &self.0.machine.process
+        &self.qemu.machine.process
     }
 
     fn release(self: Box<Self>) {
-        let _ = self.0.machine.release();
+        if let (Some(child), _) = self.qemu.machine.release() {
+            crate::process::leave(child);
+        }
     }
+
+    fn run_rehearsal(&mut self, letter: &Letter<'_>) -> Result<(), RehearseError> {
+        let during = "letting a spare machine rehearse";
+        let memory = ProcessMemory::open(self.qemu.machine.process.pid, &self.memory, self.size);
+        fill(&memory.map_err(DeliverError::from)?, std::slice::from_ref(letter))?;
+        let run = self.qemu.qmp.run(during, "cont", Value::Null, COMMAND_LIMIT);
+        Ok(run.map(drop).map_err(|error| self.qemu.explain(error, during))?)
+    }
+
+    fn ack_stream(&self) -> Result<&AckStream, EngineError> {
+        Ok(&self.qemu.machine.ack)
+    }
+
+    fn stop(&mut self) -> Result<(), EngineError> {
+        let during = "stopping a spare machine after its rehearsal";
+        let stop = self.qemu.qmp.run(during, "stop", Value::Null, COMMAND_LIMIT);
+        stop.map(drop).map_err(|error| self.qemu.explain(error, during))
+    }
+}
+
+fn fill(memory: &ProcessMemory, letters: &[Letter<'_>]) -> Result<(), DeliverError> {
+    let letters: Vec<_> =
+        letters.iter().map(|letter| (letter.mailbox, letter.payload.expose(), &letter.ack_key)).collect();
+    Ok(memory.fill(&letters)?)
 }
 
 impl PausedBackend for Paused {
@@ -290,10 +341,7 @@ impl PausedBackend for Paused {
             Some(opened) => opened,
             None => ProcessMemory::open(self.qemu.machine.process.pid, &self.memory, self.size)?,
         };
-        let letters: Vec<_> =
-            letters.iter().map(|letter| (letter.mailbox, letter.payload.expose(), &letter.ack_key)).collect();
-        memory.fill(&letters)?;
-        Ok(())
+        fill(&memory, letters)
     }
 
     fn resume(mut self: Box<Self>) -> Result<RunningVm, EngineError> {

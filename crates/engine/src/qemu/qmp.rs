@@ -79,6 +79,21 @@ impl Qmp {
         self.answer(during, limit).map(drop)
     }
 
+    /// Runs `add-fd`: hands a descriptor over as a set of its own, and gives the set's number.
+    pub(super) fn add_fd(
+        &mut self,
+        during: &'static str,
+        fd: BorrowedFd<'_>,
+        limit: Duration,
+    ) -> Result<u64, EngineError> {
+        self.send(during, "add-fd", &Value::Null, Some(fd))?;
+        let answer = self.answer(during, limit)?;
+        answer
+            .get("fdset-id")
+            .and_then(Value::as_u64)
+            .ok_or_else(|| EngineError::Refused { during, reason: "no number of a set".into() })
+    }
+
     /// Waits for the first event that `wanted` takes.
     pub(super) fn wait_event<T>(
         &mut self,

@@ -4,10 +4,12 @@
 use std::{
     fs, io,
     path::{Component, Path, PathBuf},
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -15,8 +17,9 @@ use guest_api::proto::{ExecStart, TarPath, exec_start::What};
 use tar::EntryType;
 use thiserror::Error;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf, duplex},
     sync::mpsc,
+    task::JoinHandle,
 };
 
 use super::{
@@ -61,7 +64,7 @@ impl GuestChannel {
         let (ours, theirs) = duplex(BUFFER);
         let moved = Moved::default();
         let stream = Blocking::new(theirs, &moved);
-        let packing = tokio::task::spawn_blocking(move || pack(&from, stream));
+        let packing = tokio::task::spawn_blocking(move || write_archive(&from, stream));
         let mut stderr = Bounded::new(4096);
         let (_, controls) = mpsc::channel(1);
         let start = ExecStart { what: Some(What::Unpack(TarPath { path: to.to_owned() })), timeout_ms: 0 };
@@ -81,7 +84,7 @@ impl GuestChannel {
         let (mut ours, theirs) = duplex(BUFFER);
         let moved = Moved::default();
         let stream = Blocking::new(theirs, &moved);
-        let unpacking = tokio::task::spawn_blocking(move || unpack(stream, &to));
+        let unpacking = tokio::task::spawn_blocking(move || read_archive(stream, &to));
         let mut stderr = Bounded::new(4096);
         let (_, controls) = mpsc::channel(1);
         let start = ExecStart { what: Some(What::Pack(TarPath { path: from.to_owned() })), timeout_ms: 0 };
@@ -104,13 +107,77 @@ impl GuestChannel {
             (Err(error), _) => Err(error.into()),
         }
     }
+
+    /// Unpacks a tar stream into the guest, below the directory `to` or, where that is none, as `to`.
+    ///
+    /// # Errors
+    /// [`GuestError`]; [`GuestError::Stalled`] if nothing moves for a while.
+    pub async fn unpack_into(
+        &mut self,
+        to: &str,
+        archive: impl AsyncRead + Unpin + Send + 'static,
+    ) -> Result<(), GuestError> {
+        let moved = Moved::default();
+        let mut stderr = Bounded::new(4096);
+        let (_, controls) = mpsc::channel(1);
+        let start = ExecStart { what: Some(What::Unpack(TarPath { path: to.to_owned() })), timeout_ms: 0 };
+        let mut nowhere = tokio::io::sink();
+        let archive = Counted { stream: archive, moved: moved.clone() };
+        let running = run(self.client(), start, Some(archive), &mut nowhere, &mut stderr, controls);
+        check(&moved.while_moving(STALL_LIMIT, running).await?, &stderr)
+    }
+
+    /// Packs a file or a directory of the guest as a tar stream. What comes is hostile.
+    ///
+    /// # Errors
+    /// [`GuestError`]; [`GuestError::Stalled`] if nothing moves for a while.
+    pub async fn pack_from(&mut self, from: &str, archive: impl AsyncWrite + Unpin) -> Result<(), GuestError> {
+        let moved = Moved::default();
+        let mut stderr = Bounded::new(4096);
+        let (_, controls) = mpsc::channel(1);
+        let start = ExecStart { what: Some(What::Pack(TarPath { path: from.to_owned() })), timeout_ms: 0 };
+        let mut archive = Counted { stream: archive, moved: moved.clone() };
+        let running = run(self.client(), start, None::<tokio::io::Empty>, &mut archive, &mut stderr, controls);
+        check(&moved.while_moving(STALL_LIMIT, running).await?, &stderr)?;
+        Ok(archive.shutdown().await?)
+    }
+}
+
+/// Packs a file or a directory of this side as `cp -r` would bring it: the stream, and what became of it, which is to be asked at its end.
+///
+/// # Errors
+/// [`CopyError::Local`] if it is not there. Needs a runtime.
+pub fn pack(from: &Path) -> Result<(DuplexStream, JoinHandle<Result<(), CopyError>>), CopyError> {
+    fs::metadata(from).map_err(local(from))?;
+    let (ours, theirs) = duplex(BUFFER);
+    let (from, stream) = (from.to_owned(), Blocking::new(theirs, &Moved::default()));
+    Ok((ours, tokio::task::spawn_blocking(move || write_archive(&from, stream))))
+}
+
+/// Unpacks a stream that a guest packed, whoever handed it on, as [`GuestChannel::copy_out`] does.
+///
+/// # Errors
+/// [`CopyError`]; [`GuestError::Transport`] if the stream breaks.
+pub async fn unpack(mut archive: impl AsyncRead + Unpin, to: &Path) -> Result<(), CopyError> {
+    let (mut ours, theirs) = duplex(BUFFER);
+    let (to, stream) = (to.to_owned(), Blocking::new(theirs, &Moved::default()));
+    let unpacking = tokio::task::spawn_blocking(move || read_archive(stream, &to));
+    let copied = tokio::io::copy(&mut archive, &mut ours).await;
+    drop(ours);
+    let unpacked = unpacking.await.map_err(|error| GuestError::Transport(error.to_string()))?;
+    match copied {
+        // Nobody reads on: it was refused, or it is behind the archive's end.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => unpacked,
+        Err(error) => Err(GuestError::Transport(error.to_string()).into()),
+        Ok(_) => unpacked,
+    }
 }
 
 fn local(path: &Path) -> impl Fn(io::Error) -> CopyError + '_ {
     move |source| CopyError::Local { path: path.to_owned(), source }
 }
 
-fn pack(from: &Path, stream: Blocking) -> Result<(), CopyError> {
+fn write_archive(from: &Path, stream: Blocking) -> Result<(), CopyError> {
     let whole = from.canonicalize().map_err(local(from))?;
     let name = whole.file_name().map_or_else(|| PathBuf::from("root"), PathBuf::from);
     let mut archive = tar::Builder::new(stream);
@@ -123,7 +190,7 @@ fn pack(from: &Path, stream: Blocking) -> Result<(), CopyError> {
     packed.and_then(|()| archive.finish()).map_err(local(from))
 }
 
-fn unpack(stream: Blocking, to: &Path) -> Result<(), CopyError> {
+fn read_archive(stream: Blocking, to: &Path) -> Result<(), CopyError> {
     let (parent, rename) = if to.is_dir() {
         (to.to_owned(), None)
     } else {
@@ -219,6 +286,38 @@ impl Moved {
     }
 }
 
+/// A stream whose bytes are counted.
+struct Counted<S> {
+    stream: S,
+    moved: Moved,
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Counted<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let polled = Pin::new(&mut self.stream).poll_read(cx, buffer);
+        if buffer.filled().len() > before {
+            let _ = self.moved.add(Ok(buffer.filled().len() - before));
+        }
+        polled
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Counted<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let polled = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        polled.map(|written| self.moved.add(written))
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
 /// A stream of the runtime, for code that blocks on a thread of its own.
 struct Blocking {
     stream: DuplexStream,
@@ -256,15 +355,39 @@ mod tests {
     /// Unpacks an archive as if a guest had sent it.
     fn receive(archive: Vec<u8>, to: &Path) -> Result<(), CopyError> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let to = to.to_owned();
-        runtime.block_on(async move {
-            let (mut ours, theirs) = duplex(BUFFER);
-            let stream = Blocking::new(theirs, &Moved::default());
-            let unpacking = tokio::task::spawn_blocking(move || unpack(stream, &to));
-            let _ = ours.write_all(&archive).await;
-            drop(ours);
-            unpacking.await.unwrap()
-        })
+        runtime.block_on(unpack(io::Cursor::new(archive), to))
+    }
+
+    #[test]
+    fn f3_what_is_packed_here_is_unpacked_as_the_same_and_a_stream_that_breaks_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+        fs::create_dir(&from).unwrap();
+        fs::write(from.join("a"), vec![7; 3 << 20]).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let (archive, packing) = pack(&from).unwrap();
+            unpack(archive, &to).await.unwrap();
+            packing.await.unwrap().unwrap();
+            assert_eq!(fs::read(to.join("a")).unwrap(), fs::read(from.join("a")).unwrap());
+            let (archive, packing) = pack(&from).unwrap();
+            let broken = breaking_off(archive.take(1 << 20));
+            let error = unpack(broken, &dir.path().join("torn")).await.unwrap_err();
+            assert!(matches!(error, CopyError::Guest(GuestError::Transport(_))), "{error}");
+            assert!(packing.await.unwrap().is_err());
+            assert!(matches!(pack(Path::new("/nonexistent")), Err(CopyError::Local { .. })));
+        });
+    }
+
+    /// What ends with an error instead of an end.
+    fn breaking_off(from: impl AsyncRead + Unpin) -> impl AsyncRead + Unpin {
+        struct Broken;
+        impl AsyncRead for Broken {
+            fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+                Poll::Ready(Err(io::Error::other("broken")))
+            }
+        }
+        from.chain(Broken)
     }
 
     fn entry(archive: &mut tar::Builder<Vec<u8>>, kind: EntryType, name: &str, link: &str, content: &[u8]) {

@@ -2,13 +2,20 @@
 
 mod copy;
 pub mod exec;
+mod forward;
+mod shared;
 
 use std::{
     fs::{File, OpenOptions},
     io,
     os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    pin::Pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
@@ -21,17 +28,23 @@ use guest_api::{
     session::{self, Session},
 };
 use hyper_util::rt::TokioIo;
-use identity::ForkId;
+use identity::{ForkId, seal::SealKey};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use thiserror::Error;
-use tokio::{net::UnixStream, time::timeout};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::UnixStream,
+    time::timeout,
+};
 use tonic::{
     Code, Status, Streaming,
     transport::{Channel, Endpoint},
 };
 
-pub use copy::CopyError;
+pub use copy::{CopyError, pack, unpack};
 pub use exec::{Control, ExecOptions, ExecResult};
+pub use forward::{NotATarget, PortIo, PortReceiver, PortSender, PortStream, Target};
+pub use shared::Channels;
 
 /// Most bytes of one message from the guest.
 const MAX_MESSAGE: usize = 8 << 20;
@@ -66,12 +79,27 @@ pub enum GuestError {
     /// The agent refused, or said that it failed; its reason is cleaned for a terminal.
     #[error("the sandbox refused: {0}")]
     Refused(String),
+    /// Its workload does not run at the moment: it is being captured.
+    #[error("the workload of the sandbox stands still at the moment ({0}); try again")]
+    Held(String),
+    /// What was to be connected to.
+    #[error("{}", no_listener(*.0))]
+    NoListener(Target),
     /// The connection failed.
     #[error("the connection to the sandbox failed: {0}")]
     Transport(String),
     /// This side's input or output failed.
     #[error("reading or writing on this side failed")]
     Local(#[from] io::Error),
+}
+
+fn no_listener(to: Target) -> String {
+    match to {
+        Target::Port(port) => format!("nothing listens on port {port} of the sandbox; see what it says with `offshoot logs FORK`"),
+        Target::Identity => {
+            "the template's recipe has no [identity], so its forks have no identity endpoint; docs/services.md says what it is".to_owned()
+        }
+    }
 }
 
 impl From<Status> for GuestError {
@@ -89,11 +117,50 @@ pub(crate) fn clean(text: &str) -> String {
     text.chars().filter(|character| !character.is_control() || *character == '\n').take(MAX_REASON).collect()
 }
 
-/// A connection to a guest's agent. It holds one of the guest's channels until it is dropped.
-#[derive(Debug)]
+/// A connection to a guest's agent. It holds one of the guest's channels until it is dropped. A clone uses the same one.
+#[derive(Debug, Clone)]
 pub struct GuestChannel {
     client: AgentClient<Channel>,
-    _lock: File,
+    lock: Arc<File>,
+    /// Whether the connection is no more.
+    gone: Arc<AtomicBool>,
+}
+
+/// A stream that says when it is given up.
+#[derive(Debug)]
+struct Watched {
+    stream: Session,
+    gone: Arc<AtomicBool>,
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        self.gone.store(true, Ordering::Release);
+    }
+}
+
+impl AsyncRead for Watched {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Watched {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
 }
 
 impl GuestChannel {
@@ -122,8 +189,10 @@ impl GuestChannel {
             }
             _ => GuestError::Transport(error.to_string()),
         })?;
+        let gone = Arc::new(AtomicBool::new(false));
+        let stream = Watched { stream, gone: Arc::clone(&gone) };
         let client = AgentClient::new(http2(stream, deadline, limit).await?).max_decoding_message_size(MAX_MESSAGE);
-        Ok(Self { client, _lock: lock })
+        Ok(Self { client, lock: Arc::new(lock), gone })
     }
 
     /// Who answers, and how it is.
@@ -154,13 +223,14 @@ impl GuestChannel {
         timeout(limit, warming).await.map_err(|_| GuestError::Timeout(limit))?
     }
 
-    /// Freezes the workload and arms the mailboxes.
+    /// Freezes the workload and arms the mailboxes. With a key, secrets are sealed for it.
     ///
     /// # Errors
     /// [`GuestError`]; the workload runs on then.
-    pub async fn quiesce(&mut self, limit: Duration) -> Result<QuiesceReply, GuestError> {
+    pub async fn quiesce(&mut self, seal_key: Option<SealKey>, limit: Duration) -> Result<QuiesceReply, GuestError> {
         let timeout_ms = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
-        within(limit + Duration::from_secs(10), self.client.quiesce(QuiesceRequest { timeout_ms })).await
+        let seal_key = seal_key.map(Vec::from).unwrap_or_default();
+        within(limit + Duration::from_secs(10), self.client.quiesce(QuiesceRequest { timeout_ms, seal_key })).await
     }
 
     /// Configures the network of fork `id` (again) from the bytes of a network section.
@@ -204,7 +274,7 @@ impl GuestChannel {
     pub async fn logs(&mut self, follow: bool) -> Result<Logs, GuestError> {
         let begun = timeout(STALL_LIMIT, self.client.logs(LogsRequest { follow }));
         let chunks = begun.await.map_err(|_| GuestError::Stalled(STALL_LIMIT))??.into_inner();
-        Ok(Logs { chunks, follow })
+        Ok(Logs { chunks, follow, _channel: self.clone() })
     }
 
     /// What a workload in the guest sees of itself, as JSON.
@@ -213,6 +283,16 @@ impl GuestChannel {
     /// [`GuestError`].
     pub async fn facts(&mut self) -> Result<Vec<u8>, GuestError> {
         exec::collect(&mut self.client, guest_api::proto::exec_start::What::Facts(true), 64 * 1024).await
+    }
+
+    /// Whether the connection is no more: every request fails.
+    fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
+    }
+
+    /// Whether somebody has a clone.
+    fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.lock) > 1
     }
 
     pub(crate) fn client(&mut self) -> &mut AgentClient<Channel> {
@@ -225,6 +305,8 @@ impl GuestChannel {
 pub struct Logs {
     chunks: Streaming<LogChunk>,
     follow: bool,
+    /// In use until here: nobody else may take it.
+    _channel: GuestChannel,
 }
 
 impl Logs {
@@ -253,6 +335,10 @@ async fn within<T>(
 /// overloaded answers late.
 const PING_EVERY: Duration = Duration::from_secs(15);
 const PING_LIMIT: Duration = Duration::from_secs(45);
+
+/// Bytes that one stream, and all of a channel, may be ahead of whoever reads them. Some slow readers must not keep the others waiting.
+const STREAM_WINDOW: u32 = 256 << 10;
+const CONNECTION_WINDOW: u32 = 64 << 20;
 
 /// The first channel that no other process holds, with its lock.
 fn free_channel(dir: &Path) -> Result<Option<(usize, File)>, GuestError> {
@@ -285,7 +371,7 @@ async fn open_socket(dir: &Path, number: usize) -> Result<UnixStream, GuestError
 }
 
 /// HTTP/2 over the session's one stream. No keep-alive: an idle guest must cost nothing.
-async fn http2(stream: Session, deadline: Instant, limit: Duration) -> Result<Channel, GuestError> {
+async fn http2(stream: Watched, deadline: Instant, limit: Duration) -> Result<Channel, GuestError> {
     // A connector is asked for a stream each time a connection is wanted; there is one.
     let stream = Arc::new(Mutex::new(Some(stream)));
     let connector = tower::service_fn(move |_| {
@@ -296,7 +382,9 @@ async fn http2(stream: Session, deadline: Instant, limit: Duration) -> Result<Ch
     let endpoint = Endpoint::from_static("http://guest")
         .http2_keep_alive_interval(PING_EVERY)
         .keep_alive_timeout(PING_LIMIT)
-        .keep_alive_while_idle(true);
+        .keep_alive_while_idle(true)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW);
     let left = deadline.saturating_duration_since(Instant::now());
     timeout(left, endpoint.connect_with_connector(connector))
         .await

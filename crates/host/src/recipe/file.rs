@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, ops::Range};
 use serde::Deserialize;
 use toml::Spanned;
 
+use super::expected::IdentityToml;
 use super::values::{
     Command, Env, FileMode, GuestPath, Name, Package, Seconds, Signal, Size, Suite, Text, User, Vcpus,
 };
@@ -24,6 +25,7 @@ pub(super) struct RecipeToml {
     pub(super) runtime: Option<RuntimeToml>,
     #[serde(default)]
     pub(super) services: Vec<Spanned<ServiceToml>>,
+    pub(super) identity: Option<Spanned<IdentityToml>>,
     pub(super) probes: Option<BTreeMap<String, String>>,
 }
 
@@ -85,12 +87,11 @@ pub(super) struct RuntimeToml {
     pub(super) event_timeout_s: Option<Seconds>,
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(super) enum Start {
-    #[default]
-    Template,
-    Fork,
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum HookWhen {
+    BeforeThaw,
+    AfterThaw,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
@@ -99,8 +100,10 @@ pub(super) enum OnFork {
     #[default]
     Keep,
     Restart,
+    Event,
     Signal,
     Hook,
+    Wait,
 }
 
 #[derive(Debug, Deserialize)]
@@ -112,12 +115,15 @@ pub(super) struct ServiceToml {
     pub(super) workdir: Option<GuestPath>,
     pub(super) user: Option<User>,
     #[serde(default)]
-    pub(super) start: Start,
-    #[serde(default)]
     pub(super) on_fork: OnFork,
     pub(super) signal: Option<Signal>,
     pub(super) hook: Option<Command>,
+    pub(super) hook_when: Option<HookWhen>,
+    pub(super) awaited: Option<bool>,
     pub(super) ready_line: Option<Text>,
+    pub(super) ready_port: Option<u16>,
+    pub(super) ready_http: Option<Text>,
+    pub(super) ready_text: Option<Text>,
     #[serde(default)]
     pub(super) restart: ServiceRestart,
     pub(super) timeout_s: Option<Seconds>,

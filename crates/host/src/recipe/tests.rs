@@ -75,7 +75,7 @@ timeout_s = 9
 [[services]]
 name = "late"
 command = ["/bin/l"]
-start = "fork"
+on_fork = "wait"
 [[services]]
 name = "hooked"
 command = ["/bin/h"]
@@ -125,7 +125,17 @@ fn mistakes_in_a_recipe_are_refused_with_their_line() {
         ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nsignal = \"HUP\"", "needs on_fork"),
         ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\non_fork = \"signal\"\nsignal = \"KILLALL\"", "one of HUP"),
         ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\non_fork = \"hook\"", "needs hook"),
-        ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nstart = \"fork\"\non_fork = \"restart\"", "no meaning"),
+        ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nawaited = false", "no meaning"),
+        ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nhook_when = \"before-thaw\"", "needs on_fork"),
+        ("[identity]\npayload = \"mail\"", "unknown variant"),
+        ("[identity]\nport = 0", "1 to 65535"),
+        ("[identity]\npayload = \"off\"\n[identity.fields]\na = \"A\"", "with a payload"),
+        ("[identity.fields]\n\"a b\" = \"A\"", "a field's name"),
+        ("[identity.fields]\na = \"A B\"", "a variable's name"),
+        ("[identity.fields]\na = \"A\"\nb = \"A\"", "two fields"),
+        ("[identity.fields]\na = \"OFFSHOOT_ID\"", "offshoot's"),
+        ("[identity.fields]\na = \"LD_PRELOAD\"", "allow = [\"LD_PRELOAD\"]"),
+        ("[identity]\nallow = [\"A B\"]", "a variable's name"),
         ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nuser = \"a b\"", "a user is"),
         ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nuser = \"1:2:3\"", "a user is"),
         (

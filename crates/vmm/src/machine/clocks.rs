@@ -1,14 +1,15 @@
-//! The clocks of a machine that waits for its first run.
+//! The clocks of a machine that waits for its first run, or is paused.
 //!
-//! KVM's clocks run from the moment they are loaded. For the guest no time passes between its capture and its first
-//! instruction here, and a spare machine may wait for minutes: so they are loaded once more when it runs.
+//! KVM's clocks run from the moment they are loaded, and while nobody runs. For the guest no time passes between its capture and
+//! its first instruction here, nor while it is captured; and a spare machine may wait for minutes: so they are loaded once more
+//! when it runs.
 
 use std::time::{Duration, Instant};
 
 use kvm_bindings::{Msrs, kvm_clock_data, kvm_msr_entry};
 
 use super::Prepared;
-use crate::snapshot::Snapshot;
+use crate::{kvm::run::VcpuThread, snapshot::Snapshot};
 
 /// `IA32_TIME_STAMP_COUNTER`.
 const TSC: u32 = 0x10;
@@ -17,7 +18,7 @@ const FAR_AWAY: u64 = 1 << 40;
 /// A wait no guest notices: not worth the calls.
 const SHORT: Duration = Duration::from_millis(20);
 
-/// The clocks, as they were captured.
+/// The clocks, as they were captured or found.
 #[derive(Debug)]
 pub(super) struct StoppedClocks {
     loaded: Instant,
@@ -36,6 +37,18 @@ impl StoppedClocks {
             clock: snapshot.vm.clock.clock,
             counters: snapshot.vcpus.iter().filter_map(|vcpu| counter(&vcpu.msrs)).collect(),
         }
+    }
+
+    /// Of a machine that has just been paused. `None` if KVM does not say: then the guest sees the time that it stood still.
+    pub(super) fn read(prepared: &Prepared) -> Option<Self> {
+        let counter = |vcpu: &VcpuThread| {
+            let mut msrs = Msrs::from_entries(&[kvm_msr_entry { index: TSC, ..Default::default() }]).ok()?;
+            (vcpu.vcpu().get_msrs(&mut msrs).ok()? == 1).then(|| msrs.as_slice().first().map(|msr| msr.data))?
+        };
+        // The clock first: nothing may go back.
+        let clock = prepared.vm.fd().get_clock().ok()?.clock;
+        let counters = prepared.vcpus.iter().map(counter).collect::<Option<_>>()?;
+        Some(Self { loaded: Instant::now(), clock, counters })
     }
 
     /// Lets them run from where they were, if they have run for long. The machine must still be paused.

@@ -25,6 +25,9 @@ pub enum MachineError {
     /// Guest memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// What a captured machine had for itself.
+    #[error(transparent)]
+    Own(#[from] memory::DeltaError),
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] KvmError),

@@ -17,6 +17,7 @@ use std::{
     time::Duration,
 };
 
+use ::memory::Delta;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use self::{clocks::StoppedClocks, devices::Devices};
@@ -47,7 +48,7 @@ pub enum Exit {
 pub struct Machine {
     prepared: Prepared,
     devices: Devices,
-    /// The clocks of a machine that was restored and has never run.
+    /// The clocks of a machine that was restored and has never run, or is paused.
     stopped: Option<StoppedClocks>,
     running: bool,
 }
@@ -74,21 +75,23 @@ impl Machine {
     /// # Errors
     /// [`MachineError`].
     pub fn restore(snapshot: &Snapshot, memory: &File, files: DeviceFiles) -> Result<Self, MachineError> {
-        Self::restore_with(snapshot, memory, files, &Ready::default())
+        Self::restore_with(snapshot, memory, None, files, &Ready::default())
     }
 
-    /// The same, with pages that it is to have before it runs.
+    /// The same, with the pages that a captured copy had for itself above the memory file, and pages that it is to have before it
+    /// runs.
     ///
     /// # Errors
     /// [`MachineError`].
     pub fn restore_with(
         snapshot: &Snapshot,
         memory: &File,
+        own: Option<&Delta>,
         mut files: DeviceFiles,
         ready: &Ready,
     ) -> Result<Self, MachineError> {
         let kvm = kvm::open(files.kvm.take())?;
-        Prepared::new(kvm, snapshot.machine)?.restore(snapshot, memory, files, ready)
+        Prepared::new(kvm, snapshot.machine)?.restore(snapshot, memory, own, files, ready)
     }
 
     /// The machine's size.
@@ -118,6 +121,9 @@ impl Machine {
             vcpu.wait_parked();
         }
         self.prepared.events.pause();
+        if self.running {
+            self.stopped = StoppedClocks::read(&self.prepared);
+        }
         self.running = false;
     }
 

@@ -6,6 +6,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+use ::memory::Delta;
 use kvm_ioctls::Kvm;
 
 use super::{DeviceFiles, Devices, Machine, MachineError, Ready, StoppedClocks};
@@ -100,7 +101,7 @@ impl Prepared {
         self.finish(devices, buses, None)
     }
 
-    /// Maps the template's memory copy-on-write and loads its state; the machine is paused where the template was, and has a
+    /// Maps the template's memory copy-on-write, with a captured fork's own pages above it, and loads the state; the machine is paused where the template was, and has a
     /// new generation identifier.
     ///
     /// # Errors
@@ -109,12 +110,17 @@ impl Prepared {
         self,
         snapshot: &Snapshot,
         memory: &File,
+        own: Option<&Delta>,
         files: DeviceFiles,
         ready: &Ready,
     ) -> Result<Machine, MachineError> {
         snapshot.check_machine(&self.config)?;
         snapshot.check_host(&self.host, &self.support)?;
         memory::fill(self.vm.memory(), memory, Sharing::Private)?;
+        // Before everything that writes to memory as it is loaded, as the generation's identifier.
+        if let Some(own) = own {
+            memory::put_above(self.vm.memory(), own)?;
+        }
         // Devices before the interrupt controllers: an edge that one of them raises while it is loaded is replaced by what was
         // captured.
         let (devices, buses) = Devices::new(&self.vm, &self.ending, files, Some(&snapshot.devices))?;

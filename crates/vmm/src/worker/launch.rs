@@ -45,7 +45,19 @@ pub enum Start {
         state: RawFd,
         /// The list of pages to have ready ([`crate::prefetch`]).
         pages: Option<RawFd>,
+        /// What the captured machine had for itself above the memory file.
+        own: Option<Own>,
     },
+}
+
+/// The pages that a captured fork had for itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Own {
+    /// The file ([`memory::delta`]).
+    pub file: RawFd,
+    /// The id of the template, which the file must name.
+    pub template: String,
 }
 
 /// What the machine's network card is connected to.
@@ -133,9 +145,10 @@ impl Launch {
                 all.extend([*kernel, *console]);
                 all.extend(initramfs);
             }
-            Start::Restore { state, pages } => {
+            Start::Restore { state, pages, own } => {
                 all.push(*state);
                 all.extend(pages);
+                all.extend(own.as_ref().map(|own| own.file));
             }
         }
         all
@@ -206,10 +219,10 @@ mod tests {
             channels: vec![8],
             network: None,
             held: vec![9],
-            start: Start::Restore { state: 10, pages: None },
+            start: Start::Restore { state: 10, pages: None, own: Some(Own { file: 11, template: "t".into() }) },
         };
         let others = launch.descriptors();
-        assert!(!others.contains(&20));
+        assert!(others.contains(&11) && !others.contains(&20));
         for (network, inherited) in
             [(Network::Unconnected, false), (Network::Tap(20), true), (Network::Stream(20), true)]
         {

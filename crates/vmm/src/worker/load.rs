@@ -8,6 +8,8 @@ use std::{
     time::Duration,
 };
 
+use memory::Delta;
+
 use super::{Guest, Loading, run::Source};
 use crate::{
     machine::{DeviceFiles, Exit, Machine, Ready},
@@ -34,12 +36,14 @@ pub fn load(loading: Loading) -> Result<Machine, Box<dyn Error>> {
             let config = loading.machine;
             Ok(Machine::boot(config, &loading.memory, &mut kernel, initramfs.as_mut(), &command_line, files)?)
         }
-        Source::Restore { state, pages } => {
+        Source::Restore { state, pages, own } => {
             let snapshot = Snapshot::decode(&read_bounded(state, MAX_BYTES)?)?;
             snapshot.check_machine(&loading.machine)?;
             let pages = pages.map(list).transpose()?.unwrap_or_default();
             let ready = Ready { pages, ahead: loading.ahead };
-            Ok(Machine::restore_with(&snapshot, &loading.memory, files, &ready)?)
+            let own =
+                own.map(|(file, template)| Delta::open(file, loading.machine.memory_bytes, &template)).transpose()?;
+            Ok(Machine::restore_with(&snapshot, &loading.memory, own.as_ref(), files, &ready)?)
         }
     }
 }

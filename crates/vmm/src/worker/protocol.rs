@@ -59,7 +59,7 @@ pub enum Request<'a> {
         #[serde(borrow)]
         writes: Vec<Write<'a>>,
     },
-    /// Lets it run. Once.
+    /// Lets it run, for the first time or after a pause.
     Resume,
     /// Stops its vCPUs.
     Pause,

@@ -37,6 +37,8 @@ pub enum Source {
         state: File,
         /// The list of pages to have ready.
         pages: Option<File>,
+        /// What the captured machine had for itself, and the id of the template above which that is.
+        own: Option<(File, String)>,
     },
 }
 
@@ -138,9 +140,11 @@ impl Inherited {
                 command_line,
                 console: take(console).into(),
             },
-            Start::Restore { state, pages } => {
-                Source::Restore { state: take(state).into(), pages: pages.map(|number| take(number).into()) }
-            }
+            Start::Restore { state, pages, own } => Source::Restore {
+                state: take(state).into(),
+                pages: pages.map(|number| take(number).into()),
+                own: own.map(|own| (take(own.file).into(), own.template)),
+            },
         };
         Ok(Self {
             purpose: launch.purpose,

@@ -198,7 +198,9 @@ impl<G: Guest> Server<G> {
             Request::Read(ranges) => self.read(ranges).map(Answer::Bytes),
             Request::Deliver { expected, writes } => self.deliver(expected, writes).map(|()| Answer::Done),
             Request::Resume => {
-                self.expect(Phase::Loaded, "it runs already")?;
+                if self.phase == Phase::Running {
+                    return Err("it runs already".into());
+                }
                 self.guest.resume().map_err(failed("it can not be resumed"))?;
                 self.phase = Phase::Running;
                 Ok(Answer::Done)

@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use ::memory::{Delta, ProcessMemory, touched_pages, write_delta};
 use offshoot_vmm::{
     machine::{DeviceFiles, Exit, Machine, MachineError, Ready},
     prefetch::PageList,
@@ -128,9 +129,55 @@ fn every_copy_has_its_own_generation_and_the_pages_it_was_given_ahead() {
     assert!(!seen.contains(&[0; 16]));
 }
 
+/// What a copy has for itself, as a file.
+fn own_pages(memory: &std::fs::File) -> Delta {
+    // This process has one mapping of it: the template's machine is gone.
+    let pid = std::process::id();
+    let (file, process) = (tempfile::tempfile().unwrap(), ProcessMemory::open(pid, memory, MEMORY).unwrap());
+    let touched = touched_pages(pid, memory, MEMORY).unwrap();
+    write_delta(&process, MEMORY, &touched.copied, memory, "template", &file, |_, _| ()).unwrap();
+    Delta::open(file, MEMORY, "template").unwrap()
+}
+
+#[test]
+fn copies_of_a_copy_begin_with_what_it_had_for_itself_and_it_goes_on() {
+    if no_kvm() {
+        return;
+    }
+    let (template, memory, count) = captured(2);
+    let mut first = Guest::restore(&template, &memory);
+    first.machine.write(WORD, b"1").unwrap();
+    first.machine.resume();
+    first.expect(b"1");
+    first.machine.pause();
+    let counted = first.count();
+    assert!(counted > count);
+    let snapshot = first.machine.snapshot().unwrap();
+    let own = own_pages(&memory);
+    let generation = |guest: &Guest| {
+        let mut generation = [0; 16];
+        guest.machine.read(offshoot_vmm::layout::GENERATION, &mut generation).unwrap();
+        generation
+    };
+    first.machine.resume();
+    first.say(b'+');
+    first.expect(b"1+");
+    first.machine.pause();
+    let mut copies = [(); 2].map(|()| Guest::restore_above(&snapshot, &memory, &own));
+    let seen: HashSet<_> = copies.iter().chain([&first]).map(generation).collect();
+    assert_eq!(seen.len(), 3, "what a copy had for itself does not hide that another is another");
+    for (copy, word) in copies.iter_mut().zip(b"xy") {
+        assert_eq!(copy.count(), counted);
+        copy.machine.write(WORD, &[*word]).unwrap();
+        copy.machine.resume();
+        copy.expect(&[*word]);
+    }
+    assert_eq!(Guest::restore(&snapshot, &memory).count(), count, "the check can fail");
+}
+
 /// A spare machine may wait for minutes; its guest's timers would all be due, and its watchdogs bark.
 #[test]
-fn no_time_passes_for_a_copy_that_waits_for_its_first_run() {
+fn no_time_passes_for_a_copy_that_waits_for_its_first_run_or_is_paused() {
     if no_kvm() {
         return;
     }
@@ -152,6 +199,17 @@ fn no_time_passes_for_a_copy_that_waits_for_its_first_run() {
     assert!(clock <= ran + Duration::from_millis(100), "{clock:?} passed, it ran for {ran:?}");
     // SAFETY: every processor with virtualisation has the instruction.
     let host = unsafe { std::arch::x86_64::_rdtsc() };
+    // Nor while it is captured.
+    let standing = Instant::now();
+    std::thread::sleep(Duration::from_secs(2));
+    let stood = standing.elapsed();
+    let running = Instant::now();
+    copy.machine.resume();
+    copy.machine.pause();
+    let later = copy.machine.snapshot().unwrap();
+    let ran_on = running.elapsed();
+    let clock = Duration::from_nanos(later.vm.clock.clock - state.vm.clock.clock);
+    assert!(clock <= ran_on + Duration::from_millis(100), "{clock:?} passed in {stood:?}, it ran for {ran_on:?}");
     for vcpu in 0..2 {
         // A machine's counter begins at zero, unless this KVM cannot give it one of its own.
         if host.abs_diff(counter(&state, vcpu)) < 1 << 40 {

@@ -118,7 +118,14 @@ impl Guest {
     /// The same, with pages that it has before it runs.
     pub fn restore_with(snapshot: &offshoot_vmm::snapshot::Snapshot, memory: &File, ready: &Ready) -> Self {
         let console = tempfile::tempfile().unwrap();
-        let machine = Machine::restore_with(snapshot, memory, files(&console), ready).unwrap();
+        let machine = Machine::restore_with(snapshot, memory, None, files(&console), ready).unwrap();
+        Self { machine, console }
+    }
+
+    /// The same, with what another copy had for itself.
+    pub fn restore_above(snapshot: &offshoot_vmm::snapshot::Snapshot, memory: &File, own: &::memory::Delta) -> Self {
+        let console = tempfile::tempfile().unwrap();
+        let machine = Machine::restore_with(snapshot, memory, Some(own), files(&console), &Ready::default()).unwrap();
         Self { machine, console }
     }
 

@@ -84,7 +84,7 @@ impl Worker {
             channels: Vec::new(),
             network: None,
             held: Vec::new(),
-            start: Start::Restore { state: state.as_raw_fd(), pages: None },
+            start: Start::Restore { state: state.as_raw_fd(), pages: None, own: None },
         };
         let client = Client::connect(&dir);
         let inherited: Vec<RawFd> =

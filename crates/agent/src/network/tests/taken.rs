@@ -130,3 +130,47 @@ fn n1_the_source_of_a_branch_keeps_its_connections_and_the_branch_has_none() {
     fork.becomes(12);
     assert!(ask_back(&mut stream).is_err());
 }
+
+#[test]
+fn n3_what_a_rehearsal_did_is_taken_back_and_the_next_identity_shows_nothing_of_it() {
+    if !may_run() {
+        return;
+    }
+    const REHEARSED: u8 = 55;
+    let switch = Switch::new();
+    // The other one keeps what it has, and says so now and then: not on this wire.
+    let elsewhere = Switch::new();
+    let (one, other) = (switch.machine(), elsewhere.machine());
+    let captured = [one.shows("address"), other.shows("address")];
+    assert_ne!(captured[0], captured[1]);
+    for machine in [&one, &other] {
+        machine.becomes(REHEARSED);
+        assert_ne!((machine.addresses().len(), machine.routes()), (0, (0, 0)));
+        // Taken from one only: the check can fail.
+        if std::ptr::eq(machine, &one) {
+            one.space.run(|| one.network.take_back().unwrap());
+        }
+    }
+    assert_eq!((one.addresses(), one.routes(), one.neighbours()), (Vec::new(), (0, 0), 0));
+    assert_eq!((one.shows("address"), one.shows("operstate")), (captured[0].clone(), "down".to_owned()));
+    assert_eq!((one.shows("mtu"), one.network.applied()), ("1500".to_owned(), None));
+    assert_eq!(other.shows("address"), section(REHEARSED).mac.to_string());
+    // Once more is nothing more.
+    one.space.run(|| one.network.take_back().unwrap());
+
+    let sniffer = Sniffer::new(&switch);
+    let group = [&[0xff], &v6(REHEARSED).octets()[13..]].concat();
+    let of_rehearsal = |frames: &[Vec<u8>]| {
+        let traces = [&section(REHEARSED).mac.octets()[..], &v4(REHEARSED).octets(), &v6(REHEARSED).octets(), &group];
+        frames.iter().filter(|frame| traces.iter().any(|trace| contains(frame, trace))).count()
+    };
+    one.becomes(11);
+    let server = serve(&switch.space, (GATEWAY, 80).into());
+    assert_eq!(ask_back(&mut connect(&one.space, (GATEWAY, 80).into()).unwrap()).unwrap(), v4(11).to_string());
+    let frames = sniffer.frames();
+    assert!(frames.iter().any(|frame| contains(frame, &v4(11).octets())), "the sniffer sees");
+    assert_eq!(of_rehearsal(&frames), 0);
+    other.becomes(12);
+    assert_eq!(other.addresses().len(), 4, "what nobody took is still there");
+    drop(server);
+}

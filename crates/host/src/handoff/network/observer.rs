@@ -102,6 +102,8 @@ impl Observer {
         if let Ok(text) = serde_json::to_vec(&self.task).map(Zeroizing::new) {
             let _ = pipe.write_all(&text);
         }
+        drop(pipe);
+        engine::process::leave(self.child);
     }
 }
 

@@ -1,10 +1,15 @@
-//! The typed code of every error that reaches the command line. Codes are stable: programs rely on them.
+//! The typed code of every error that reaches a caller, by the command line or the API. Codes are stable: programs rely on them.
 //!
 //! Errors of the verbs' own level are listed case by case, so that a new case needs a decision here; of deeper ones the
 //! kind is enough.
 
-use engine::{DeliverError, EngineError};
-use host::{
+use std::error::Error;
+
+use engine::{DeliverError, EngineError, RehearseError};
+use net::{LeaseError, LinkError, UserError};
+use store::StoreError;
+
+use crate::{
     acks::AckWaitError,
     bench::BenchError,
     build::BuildError,
@@ -17,18 +22,27 @@ use host::{
     limits::LimitError,
     pool::PoolError,
     recipe::RecipeError,
+    rehearsal::RehearsalError,
     request::RequestError,
+    snapshot::SnapshotError,
+    source::SourceError,
+    standby::StandbyError,
     verify::VerifyError,
 };
-use net::{LeaseError, LinkError, UserError};
-use store::StoreError;
 
-use super::{Coded, FAILED, USAGE};
-use crate::output::PrintError;
+/// An error with a code that programs can rely on.
+pub trait Coded: Error + Send + Sync + 'static {
+    /// Snake case; stable.
+    fn code(&self) -> &'static str;
 
-impl Coded for PrintError {
-    fn code(&self) -> &'static str {
-        "output_failed"
+    /// Whether the request itself is wrong, whatever there is: nothing was begun.
+    fn is_usage(&self) -> bool {
+        false
+    }
+
+    /// What to do next, where the message does not say it.
+    fn next(&self) -> Option<String> {
+        None
     }
 }
 
@@ -47,7 +61,8 @@ impl Coded for StoreError {
         match self {
             Self::NotFound { .. } => "template_not_found",
             Self::Exists { .. } => "template_exists",
-            Self::Locked { .. } => "template_locked",
+            Self::Locked { .. } => "template_busy",
+            Self::InUse { .. } => "template_in_use",
             Self::Broken { .. } => "template_broken",
             Self::File { .. } => "store_failed",
         }
@@ -64,6 +79,7 @@ impl Coded for PoolError {
             Self::TooMany(_) => "pool_too_large",
             Self::UserNetwork => "pool_network",
             Self::Ended => "engine_failed",
+            Self::Rehearsal(error) => error.code(),
             Self::Engine(error) => error.code(),
             Self::Network(error) => error.code(),
             Self::Begin(error) => error.code(),
@@ -71,8 +87,8 @@ impl Coded for PoolError {
         }
     }
 
-    fn exit(&self) -> u8 {
-        if matches!(self, Self::TooMany(_) | Self::UserNetwork) { USAGE } else { FAILED }
+    fn is_usage(&self) -> bool {
+        matches!(self, Self::TooMany(_) | Self::UserNetwork)
     }
 
     fn next(&self) -> Option<String> {
@@ -80,6 +96,20 @@ impl Coded for PoolError {
             Self::Engine(error) => error.next(),
             Self::Begin(error) => error.next(),
             _ => None,
+        }
+    }
+}
+
+impl Coded for RehearsalError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Letter(error) => error.code(),
+            Self::NoMailbox => "template_broken",
+            Self::Machine(RehearseError::Deliver(error)) => error.code(),
+            Self::Machine(RehearseError::Engine(error)) => error.code(),
+            Self::Guest(_) | Self::Late { .. } | Self::Flood => "rehearsal_failed",
+            Self::Ended => "engine_failed",
+            Self::Stream(_) => "state_failed",
         }
     }
 }
@@ -92,10 +122,10 @@ impl Coded for BenchError {
         }
     }
 
-    fn exit(&self) -> u8 {
+    fn is_usage(&self) -> bool {
         match self {
-            Self::Refused(error) => error.exit(),
-            Self::Pool(error) => error.exit(),
+            Self::Refused(error) => error.is_usage(),
+            Self::Pool(error) => error.is_usage(),
         }
     }
 
@@ -112,6 +142,7 @@ impl Coded for EngineError {
         match self {
             Self::Missing { .. } | Self::NoWorker { .. } => "engine_missing",
             Self::Timeout { .. } => "engine_timeout",
+            Self::Delta(_) => "snapshot_unusable",
             _ => "engine_failed",
         }
     }
@@ -159,25 +190,27 @@ impl Coded for RequestError {
             Self::TooManyMailboxes(_) => "too_many_mailboxes",
             Self::MailboxTwice(_) => "mailbox_twice",
             Self::MailboxReserved(_) => "mailbox_reserved",
-            Self::MailboxUnknown { .. } => "mailbox_unknown",
+            Self::MailboxUnknown { .. } => "mailbox_not_found",
             Self::MailboxAmbiguous { .. } => "mailbox_ambiguous",
             Self::MailboxToken(_) => "mailbox_token_mismatch",
             Self::NotAnObject(_) => "payload_not_an_object",
             Self::PayloadTooLong { .. } => "payload_too_long",
             Self::IdentityTooLong { .. } => "identity_too_long",
+            Self::VariableNotAllowed(_) => "variable_not_allowed",
             Self::Field { .. } => "invalid_field",
         }
     }
 
-    fn exit(&self) -> u8 {
+    fn is_usage(&self) -> bool {
         match self {
             // What only this template lacks is no wrong usage.
             Self::MailboxUnknown { .. }
             | Self::MailboxAmbiguous { .. }
             | Self::MailboxToken(_)
+            | Self::VariableNotAllowed(_)
             | Self::PayloadTooLong { .. }
-            | Self::IdentityTooLong { .. } => FAILED,
-            _ => USAGE,
+            | Self::IdentityTooLong { .. } => false,
+            _ => true,
         }
     }
 }
@@ -186,7 +219,7 @@ impl Coded for ForkError {
     fn code(&self) -> &'static str {
         match self {
             Self::Request(error) => error.code(),
-            Self::NameTaken(_) => "name_taken",
+            Self::NameTaken(_) => "name_conflict",
             Self::NotSupported { .. } => "not_supported",
             Self::Incompatible { .. } => "template_incompatible",
             Self::Limit(error) => error.code(),
@@ -197,14 +230,15 @@ impl Coded for ForkError {
             Self::State { .. } => "state_failed",
             Self::Random(_) => "no_random_bytes",
             Self::Name(_) => "invalid_name",
+            Self::Source(error) => error.code(),
         }
     }
 
-    fn exit(&self) -> u8 {
+    fn is_usage(&self) -> bool {
         match self {
-            Self::Request(error) => error.exit(),
-            Self::Network(error) => error.exit(),
-            _ => FAILED,
+            Self::Request(error) => error.is_usage(),
+            Self::Network(error) => error.is_usage(),
+            _ => false,
         }
     }
 
@@ -213,6 +247,7 @@ impl Coded for ForkError {
             Self::Engine(error) => error.next(),
             Self::Network(error) => error.next(),
             Self::Deliver(error) => error.next(),
+            Self::Source(error) => error.next(),
             Self::State { .. } | Self::Random(_) => Some("offshoot doctor".into()),
             _ => None,
         }
@@ -232,8 +267,8 @@ impl Coded for LinkError {
         }
     }
 
-    fn exit(&self) -> u8 {
-        if matches!(self, Self::Policy(_)) { USAGE } else { FAILED }
+    fn is_usage(&self) -> bool {
+        matches!(self, Self::Policy(_))
     }
 
     fn next(&self) -> Option<String> {
@@ -260,8 +295,8 @@ impl Coded for UserError {
         }
     }
 
-    fn exit(&self) -> u8 {
-        if matches!(self, Self::NeedsTap { .. } | Self::Policy(_)) { USAGE } else { FAILED }
+    fn is_usage(&self) -> bool {
+        matches!(self, Self::NeedsTap { .. } | Self::Policy(_))
     }
 
     fn next(&self) -> Option<String> {
@@ -283,12 +318,12 @@ impl Coded for NetworkError {
         }
     }
 
-    fn exit(&self) -> u8 {
+    fn is_usage(&self) -> bool {
         match self {
-            Self::NoMeaning { .. } | Self::OnePortManyForks(_) => USAGE,
-            Self::Link(error) => error.exit(),
-            Self::User(error) => error.exit(),
-            _ => FAILED,
+            Self::NoMeaning { .. } | Self::OnePortManyForks(_) => true,
+            Self::Link(error) => error.is_usage(),
+            Self::User(error) => error.is_usage(),
+            _ => false,
         }
     }
 
@@ -302,6 +337,8 @@ impl Coded for ForksError {
         match self {
             Self::NotFound(_) => "fork_not_found",
             Self::Dead { .. } => "fork_dead",
+            Self::InStandby { .. } => "fork_in_standby",
+            Self::Interrupted { .. } => "fork_interrupted",
             Self::Kill { .. } => "kill_failed",
             Self::State { .. } => "state_failed",
         }
@@ -309,6 +346,62 @@ impl Coded for ForksError {
 
     fn next(&self) -> Option<String> {
         matches!(self, Self::Kill { .. }).then(|| "offshoot cleanup".into())
+    }
+}
+
+impl Coded for SourceError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::Busy { .. } => "fork_busy",
+            Self::Dead { .. } => "fork_dead",
+            Self::TemplateGone { .. } => "template_gone",
+            Self::Store(error) => error.code(),
+            Self::Engine(error) => error.code(),
+            Self::Deliver(error) => error.code(),
+            Self::Guest { source, .. } => source.code(),
+            Self::NotArmed => "guest_not_armed",
+            Self::SecretsOpen => "secrets_not_sealed",
+            Self::Scan(_) => "mailboxes_unusable",
+            Self::Snapshot(SnapshotError::File { .. }) => "snapshot_file_failed",
+            Self::Snapshot(_) => "snapshot_unusable",
+            Self::Ack(error) => error.code(),
+            Self::Begin { .. } | Self::State { .. } => "state_failed",
+        }
+    }
+
+    fn next(&self) -> Option<String> {
+        match self {
+            Self::Store(error) => error.next(),
+            Self::Engine(error) => error.next(),
+            Self::Deliver(error) => error.next(),
+            Self::Guest { source, .. } => source.next(),
+            Self::Dead { .. } | Self::Busy { .. } | Self::TemplateGone { .. } => None,
+            Self::SecretsOpen => None,
+            Self::Snapshot(SnapshotError::File { .. }) | Self::Begin { .. } | Self::State { .. } => {
+                Some("offshoot doctor".into())
+            }
+            _ => Some("offshoot ls".into()),
+        }
+    }
+}
+
+impl Coded for StandbyError {
+    fn code(&self) -> &'static str {
+        match self {
+            Self::InStandby { .. } => "fork_in_standby",
+            Self::Runs { .. } => "fork_runs",
+            Self::Source(error) => error.code(),
+            Self::Limit(error) => error.code(),
+            Self::Network(error) => error.code(),
+        }
+    }
+
+    fn next(&self) -> Option<String> {
+        match self {
+            Self::Source(error) => error.next(),
+            Self::Network(error) => error.next(),
+            _ => None,
+        }
     }
 }
 
@@ -323,11 +416,11 @@ impl Coded for VerifyError {
         }
     }
 
-    fn exit(&self) -> u8 {
+    fn is_usage(&self) -> bool {
         match self {
-            Self::TooFew(_) => USAGE,
-            Self::Refused(error) => error.exit(),
-            _ => FAILED,
+            Self::TooFew(_) => true,
+            Self::Refused(error) => error.is_usage(),
+            _ => false,
         }
     }
 }
@@ -355,14 +448,16 @@ impl Coded for BuildError {
             Self::NoEngine(ChoiceError::NoEmulation) => "engine_contradiction",
             Self::Engine { source, .. } => source.code(),
             Self::Guest { source, .. } => source.code(),
+            Self::NotClean { .. } => "template_not_clean",
+            Self::NotAudited => "template_not_audited",
             Self::NotArmed { .. } => "guest_not_armed",
             Self::Scan(_) => "mailboxes_unusable",
             Self::File { .. } => "build_file_failed",
         }
     }
 
-    fn exit(&self) -> u8 {
-        if matches!(self, Self::Range { .. } | Self::NoEngine(ChoiceError::NoEmulation)) { USAGE } else { FAILED }
+    fn is_usage(&self) -> bool {
+        matches!(self, Self::Range { .. } | Self::NoEngine(ChoiceError::NoEmulation))
     }
 
     fn next(&self) -> Option<String> {
@@ -371,6 +466,9 @@ impl Coded for BuildError {
             Self::Engine { source, .. } | Self::NoEngine(ChoiceError::Engine(source)) => source.next(),
             Self::Kernel(_) | Self::RootImage(_) | Self::Initramfs(_) | Self::File { .. } => {
                 Some("offshoot doctor".into())
+            }
+            Self::NotClean { .. } => {
+                Some("cure the recipe as above, or build without --strict; see docs/audit.md".into())
             }
             _ => None,
         }
@@ -385,6 +483,8 @@ impl Coded for GuestError {
             Self::Timeout(_) => "guest_timeout",
             Self::Stalled(_) => "guest_stalled",
             Self::Refused(_) => "guest_refused",
+            Self::Held(_) => "fork_busy",
+            Self::NoListener(_) => "port_closed",
             Self::Transport(_) => "connection_failed",
             Self::Local(_) => "local_io_failed",
         }

@@ -1,0 +1,147 @@
+//! What a request says, parsed at the door. No answer repeats a value: it may be a secret.
+
+use axum::{
+    extract::{
+        FromRequest, FromRequestParts, Path, Query, Request,
+        rejection::{BytesRejection, PathRejection, QueryRejection},
+    },
+    http::{StatusCode, header, request::Parts},
+};
+use serde::de::DeserializeOwned;
+use zeroize::Zeroizing;
+
+use crate::problem::Problem;
+
+/// The bytes of a JSON body. They may hold secrets: they are wiped when they have been read.
+pub(crate) struct Raw(pub(crate) Zeroizing<Vec<u8>>);
+
+impl<S: Send + Sync> FromRequest<S> for Raw {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let kind = request.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+        let essence = kind.split(';').next().unwrap_or_default().trim();
+        if !essence.eq_ignore_ascii_case("application/json") {
+            let detail = "the body must be JSON; send Content-Type: application/json";
+            return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", detail));
+        }
+        let bytes = axum::body::Bytes::from_request(request, state).await.map_err(body_refused)?;
+        Ok(Self(Zeroizing::new(Vec::from(bytes))))
+    }
+}
+
+/// A JSON body.
+#[derive(Debug)]
+pub(crate) struct Body<T>(pub(crate) T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Body<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let Raw(bytes) = Raw::from_request(request, state).await?;
+        parse(&bytes).map(Self)
+    }
+}
+
+/// Parses JSON; the error names the field.
+pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
+    let mut json = serde_json::Deserializer::from_slice(bytes);
+    let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+        let field = error.path().to_string();
+        Problem::invalid(field, without_values(error.inner()))
+    })?;
+    json.end().map_err(|error| Problem::invalid("", without_values(&error)))?;
+    Ok(value)
+}
+
+/// What serde says is wrong, without what it found there.
+fn without_values(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    let place = || format!("line {}, column {}", error.line(), error.column());
+    if error.is_syntax() || error.is_eof() {
+        return format!("the body is no JSON at {}", place());
+    }
+    for kind in ["invalid type", "invalid value", "invalid length", "unknown variant"] {
+        if text.starts_with(kind) {
+            let expected = text.rsplit_once(", expected ").map_or("something else", |(_, expected)| expected);
+            return format!("{kind}: expected {expected}");
+        }
+    }
+    text
+}
+
+fn body_refused(rejection: BytesRejection) -> Problem {
+    match rejection.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => Problem::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "body_too_large",
+            format!("a request's JSON has at most {} bytes; send larger files with PUT …/files", crate::MAX_JSON),
+        ),
+        _ => Problem::invalid("", "the body could not be read"),
+    }
+}
+
+/// The parts of the path.
+#[derive(Debug)]
+pub(crate) struct At<T>(pub(crate) T);
+
+impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for At<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let Path(value) = Path::<T>::from_request_parts(parts, state).await.map_err(|rejection: PathRejection| {
+            Problem::invalid("path", rejection.body_text().chars().take(300).collect::<String>())
+        })?;
+        Ok(Self(value))
+    }
+}
+
+/// The query.
+#[derive(Debug)]
+pub(crate) struct Asked<T>(pub(crate) T);
+
+impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Asked<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let Query(value) =
+            Query::<T>::from_request_parts(parts, state).await.map_err(|rejection: QueryRejection| {
+                Problem::invalid("query", rejection.body_text().chars().take(300).collect::<String>())
+            })?;
+        Ok(Self(value))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    #[allow(dead_code)]
+    struct Given {
+        secrets: BTreeMap<String, u8>,
+    }
+
+    #[test]
+    fn i15_an_error_names_the_field_and_not_what_was_in_it() {
+        for body in [
+            r#"{"secrets": "hunter2"}"#,
+            r#"{"secrets": {"KEY": "hunter2"}}"#,
+            r#"{"secrets": {"KEY": 1}} hunter2"#,
+            r#"{"secrets": hunter2}"#,
+        ] {
+            let problem = parse::<Given>(body.as_bytes()).unwrap_err();
+            let text = serde_json::to_string(&problem).unwrap();
+            assert!(!text.contains("hunter2"), "{text}");
+            assert_eq!(problem.code(), "invalid_request");
+        }
+        let text = serde_json::to_string(&parse::<Given>(br#"{"secrets": {"KEY": "x"}}"#).unwrap_err()).unwrap();
+        assert!(text.contains(r#""field":"secrets.KEY""#), "{text}");
+    }
+}
