@@ -57,6 +57,17 @@ install_runtime() {
     [ "$(id -u)" -eq 0 ] || install_missing uidmap
 }
 
+# Where offshoot has its cache.
+cache_folder() {
+    if [ -n "${OFFSHOOT_CACHE_DIR:-}" ]; then
+        echo "$OFFSHOOT_CACHE_DIR"
+    elif [ "$(id -u)" -eq 0 ]; then
+        echo /var/cache/offshoot
+    else
+        echo "${XDG_CACHE_HOME:-$HOME/.cache}/offshoot"
+    fi
+}
+
 # The folder in which cargo puts what it builds with profile $1.
 profile_folder() {
     case $1 in dev | test) echo debug ;; *) echo "$1" ;; esac
