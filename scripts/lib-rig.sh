@@ -147,8 +147,9 @@ fetch_for() {
     rm -rf "$home"
 }
 
-# test_in_rig [FILTER]: runs the compiled tests of the whole system in the rig. What templates are made from is downloaded
-# outside; the templates stay on a disk of the rig's for the next run. Without a filter two machines share the work.
+# test_in_rig [FILTER]: runs the compiled tests of the whole system in the rig: those in tests/rig/chosen, or all that make sense there if rig_all is
+# yes. What templates are made from is downloaded outside; the templates stay on a disk of the rig's for the next run. Without a filter two machines
+# share the work.
 test_in_rig() {
     kept=$(cache_folder)
     ls "$kept"/kernel-*/*/vmlinuz "$kept"/rootfs/debian-*.tar >/dev/null 2>&1 || fetch_for python
@@ -160,16 +161,24 @@ test_in_rig() {
         tests_in_one_rig tests-1 "$@"
         return
     fi
-    # Half of them by time, and those together that share what takes long to build. Without the daemon's: it is the same whatever the engine, and
-    # its tests use programs that the rig does not have. Without those of the router and of the audit, which know no engine. Without those of the browser and of Node, whose packages are not fetched for it. And without those that break standby off at each of its steps: what undoes it is the
-    # same, too, and they take as long as a quarter of all others.
-    all=$("$tests" --list | sed -n 's/: test$//p' | grep -v -e '^api[a-z_]*::' -e '^\(audit\|browser\|node\|route\)::' -e '^\(standby\|branch\)::o2_')
-    half='^\(adversary\|branch\|eval\|generation\|identity\|idle\|isolation\|pool\|network[a-z_]*\)::'
+    listed=$("$tests" --list | sed -n 's/: test$//p')
+    chosen=$(sed 's/^#.*//' "$offshoot_source/tests/rig/chosen")
+    unknown=$(echo "$chosen" | sed -n 's/^[12] //p' | grep -vxF "$listed") || :
+    [ -z "$unknown" ] || setup_fail "tests/rig/chosen names tests that there are not: $unknown"
+    if [ "${rig_all:-no}" = yes ]; then
+        # Half of them by time, and those together that share what takes long to build. Without the daemon's: it is the same whatever the engine, and
+        # its tests use programs that the rig does not have. Without those of the router and of the audit, which know no engine. Without those of the
+        # browser and of Node, whose packages are not fetched for it. And without those that break standby off at each of its steps: what undoes it is
+        # the same, too, and they take as long as a quarter of all others.
+        half='^\(adversary\|branch\|eval\|generation\|identity\|idle\|isolation\|pool\|network[a-z_]*\)::'
+        all=$(echo "$listed" | grep -v -e '^api[a-z_]*::' -e '^\(audit\|browser\|node\|route[a-z_]*\)::' -e '^\(standby\|branch\)::o2_')
+        chosen=$(echo "$all" | grep "$half" | sed 's/^/1 /' && echo "$all" | grep -v "$half" | sed 's/^/2 /')
+    fi
     codes=$(mktemp -d)
     for part in 1 2; do
         {
             code=0
-            if [ "$part" = 1 ]; then names=$(echo "$all" | grep "$half"); else names=$(echo "$all" | grep -v "$half"); fi
+            names=$(echo "$chosen" | sed -n "s/^$part //p")
             # shellcheck disable=SC2086
             tests_in_one_rig "tests-$part" --exact $names 2>&1 || code=$?
             echo "$code" >"$codes/$part"
