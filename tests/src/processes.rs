@@ -6,6 +6,11 @@ use std::{
     path::Path,
 };
 
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+};
+
 /// Processes (not this one) that run in `dir` or hold a file in it.
 #[must_use]
 pub fn inside(dir: &Path) -> Vec<u32> {
@@ -58,10 +63,15 @@ fn stat(pid: u32) -> Option<Vec<String>> {
     Some(text.rsplit_once(')')?.1.split_whitespace().map(ToOwned::to_owned).collect())
 }
 
-/// Kills a process.
+/// Kills a process, if it is there, and waits until it has ended: on a busy machine one with much memory lives on for a while after the signal, and whoever
+/// looks then is right to say so.
 pub fn kill(pid: u32) {
-    let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw).expect("a pid");
-    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a pid");
+    let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else { return };
+    if pidfd_send_signal(&process, Signal::KILL).is_ok() {
+        let ended = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&Timespec { tv_sec: 60, tv_nsec: 0 }));
+        assert_eq!(ended, Ok(1), "a killed process ends");
+    }
 }
 
 /// Bytes of a fork's guest memory, as the guest sees them: `offset` is that in the template's memory file.
