@@ -234,7 +234,7 @@ fn i13_labels_become_variables_and_nobody_sets_what_programs_are_run_by() {
 #[test]
 fn i14_a_service_that_does_not_get_ready_fails_its_fork_and_the_others_live() {
     let bench = Bench::with_own_data();
-    let service = "[[services]]\nname = \"web\"\ncommand = [\"/bin/sh\", \"-c\", \"[ $TENANT = acme ] && echo ready || { echo no tenant $TENANT; exit 9; }; exec sleep 100000\"]\non_fork = \"wait\"\nready_line = \"ready\"\n";
+    let service = "[[services]]\nname = \"web\"\ncommand = [\"/bin/sh\", \"-c\", \"case $TENANT in acme) echo ready;; late) echo waiting for better weather;; *) echo no tenant $TENANT; exit 9;; esac; exec sleep 100000\"]\non_fork = \"wait\"\nready_line = \"ready\"\ntimeout_s = 5\n";
     build(&bench, "picky", &format!("[identity]\n[identity.fields]\ntenant = \"TENANT\"\n{service}"));
     let fork = |name: &str, tenant: &str| {
         bench.offshoot(&["fork", "picky", "--network", "none", "--name", name, "--label", &format!("tenant={tenant}")])
@@ -242,6 +242,10 @@ fn i14_a_service_that_does_not_get_ready_fails_its_fork_and_the_others_live() {
     let good = fork("good", "acme").ok().json()["forks"][0].clone();
     let text = fork("bad", "evil").exits(1).error().to_string();
     assert!(text.contains("web") && text.contains("no tenant evil") && text.contains('9'), "{text}");
+    // One that never gets ready.
+    let text = fork("slow", "late").exits(1).error().to_string();
+    let never = "service web did not write \\\"ready\\\" in time";
+    assert!(text.contains(never) && text.contains("waiting for better weather"), "{text}");
     assert_eq!(bench.ls(), [("good".to_owned(), true)]);
     assert_eq!(bench.sh(&Fork { record: good }, "echo $TENANT"), "acme");
     bench.end();

@@ -25,7 +25,10 @@ use toml::Spanned;
 use self::file::{
     FileToml, HookWhen, OnFork, RecipeToml, RootKind, RootToml, RuntimeRestart, ServiceRestart, ServiceToml,
 };
-use crate::image::rootfs::{RootError, oci};
+use crate::{
+    handoff::IDENTITY_TIMEOUT,
+    image::rootfs::{RootError, oci},
+};
 
 const FILE: &str = "recipe.toml";
 const MAX_RECIPE: u64 = 256 << 10;
@@ -37,6 +40,8 @@ const MAX_PROBES: usize = 16;
 const DEFAULT_MEMORY: u64 = 256 << 20;
 const DEFAULT_TIMEOUT_MS: u32 = 60_000;
 const DEFAULT_EVENT_TIMEOUT_MS: u32 = 5_000;
+/// What a fork's guest may take besides its services and runtime: 20 s for SSH host keys, and the rest of its steps on a busy host.
+const OTHER_STEPS_MS: u32 = 30_000;
 
 /// A recipe of the program itself.
 struct BuiltIn {
@@ -280,6 +285,19 @@ impl Recipe {
             expected: self.expected.clone(),
             timeout_ms: services.chain(runtime).fold(10_000, u32::saturating_add),
         }
+    }
+}
+
+impl Recipe {
+    /// How long a fork may take until it acknowledges its identity: time for all that its services and its runtime do one after the other, each of which
+    /// has a deadline of its own in the guest, so that it is the guest that gives up and says on whom it waited.
+    #[must_use]
+    pub fn ack_limit_ms(&self) -> u32 {
+        let acts = |service: &&proto::Service| !service.start_in_template || service.on_fork() != proto::OnFork::Keep;
+        let services = self.services.iter().filter(acts).map(|service| service.timeout_ms);
+        let runtime = self.runtime.iter().map(|runtime| runtime.event_timeout_ms);
+        let limit = services.chain(runtime).fold(OTHER_STEPS_MS, u32::saturating_add);
+        limit.max(u32::try_from(IDENTITY_TIMEOUT.as_millis()).unwrap_or(u32::MAX))
     }
 }
 

@@ -101,6 +101,8 @@ hook = ["/bin/hook"]
     assert!(web.start_in_template && !warm.services[1].start_in_template);
     assert_eq!(warm.services[2].hook, ["/bin/hook"]);
     assert_eq!(warm.timeout_ms, 10_000 + 7_000 + 9_000 + 60_000, "time for all that starts in the template");
+    assert_eq!(recipe.ack_limit_ms(), 30_000 + 3_000 + 9_000 + 60_000 + 60_000, "and for all that happens in a fork");
+    assert_eq!(load(GOOD).unwrap().ack_limit_ms(), 60_000, "where nothing does");
 }
 
 #[test]
