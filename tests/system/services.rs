@@ -118,6 +118,16 @@ fn i13_i14_forks_wait_for_the_payload_that_is_posted_and_each_has_its_own() {
         assert_eq!(bench.sh(fork, "ps | grep -c '[b]egun for'"), "1");
     }
 
+    // What one service may use holds for it, in each fork, and for nobody else.
+    let tried = |text: &str| (text.contains("memory 0\n"), text.matches("process ").count());
+    for fork in &forks {
+        let (memory, processes) = tried(&logs(&bench, fork));
+        assert!(!memory && (1..8).contains(&processes), "{}", logs(&bench, fork));
+    }
+    let script = "dd if=/dev/zero of=/dev/null bs=24M count=1 2>/dev/null; echo memory $?; \
+        n=0; while [ $n -lt 20 ]; do sleep 1 & n=$((n+1)); echo process $n; done";
+    assert_eq!(tried(&bench.sh(&forks[1], script)), (true, 20), "the check can fail");
+
     // Two services that have asked a thousand times each saw it whole or not at all.
     for fork in &forks {
         wait_until("both services have raced", LIMIT, || logs(&bench, fork).matches("whole ").count() == 2);

@@ -566,6 +566,11 @@ fn service(service: ServiceToml) -> Result<proto::Service, String> {
         }
         .to_owned(),
         timeout_ms: service.timeout_s.map_or(DEFAULT_TIMEOUT_MS, |time| time.0),
+        limits: service.limits.map(|limits| proto::Limits {
+            memory: limits.memory.map_or(0, |size| size.0),
+            pids: limits.pids.map_or(0, |count| count.0),
+            cpu_millis: limits.cpu.map_or(0, |cpus| cpus.0),
+        }),
         name,
     })
 }

@@ -14,6 +14,7 @@ use guest_api::proto::{
     Command, ExecExit, ExecInput, ExecOutput, ExecStart, Resize, exec_input::Input, exec_output::Output,
     exec_start::What,
 };
+use identity::Limits;
 use rustix::{
     fs::{Mode, OFlags},
     process::Signal,
@@ -123,6 +124,7 @@ impl Running {
             console: Console::Pipes([None, None, None]),
             inherited: None,
             place: Among::Workload,
+            limits: Limits::default(),
         };
         if command.tty {
             start.env.entry("TERM".into()).or_insert_with(|| "xterm".into());
@@ -394,6 +396,7 @@ mod tests {
                 console: Console::Pipes([None, None, None]),
                 inherited: None,
                 place: Among::Workload,
+                limits: Limits::default(),
             };
             let process = Arc::new(Workload::bare().unwrap().start(start).unwrap());
             let _ = process.exited().await;

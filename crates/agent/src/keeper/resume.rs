@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use identity::{Ack, AckKey, Action, Document, ForkId, MailboxName, Secret, Stage, Step};
+use identity::{Ack, AckKey, Action, Document, ForkId, Limits, MailboxName, Secret, Stage, Step};
 
 use super::{
     Parts,
@@ -272,6 +272,7 @@ fn make_host_keys(state: &Arc<AgentState>) -> Result<std::borrow::Cow<'static, s
         console: Console::Pipes([None, None, None]),
         inherited: None,
         place: Among::Workload,
+        limits: Limits::default(),
     };
     let Ok(process) = state.workload().start(start) else { return Ok("removed".into()) };
     match process.wait_until(Instant::now() + HOST_KEYS_DEADLINE) {

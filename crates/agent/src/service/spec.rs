@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use guest_api::proto;
+use identity::Limits;
 use rustix::process::Signal;
 use thiserror::Error;
 
@@ -30,6 +31,8 @@ pub(crate) struct Service {
     pub(crate) timeout: Duration,
     /// Whether a fork's ack waits until it is ready.
     pub(crate) awaited: bool,
+    /// What it and all that it starts may use together.
+    pub(crate) limits: Limits,
 }
 
 /// What a service that ran in the template needs in a fork.
@@ -141,6 +144,7 @@ impl Service {
             restart: restart(&service.restart, || what("restart"))?,
             timeout: timeout(service.timeout_ms, DEFAULT_TIMEOUT),
             awaited: !service.not_awaited,
+            limits: limits(service.limits.unwrap_or_default()),
             name,
         })
     }
@@ -191,6 +195,12 @@ fn restart(text: &str, what: impl Fn() -> String) -> Result<Restart, SpecError> 
         "always" => Ok(Restart::Always),
         _ => refuse(what(), "never, on-failure or always"),
     }
+}
+
+/// 0 is none.
+fn limits(limits: proto::Limits) -> Limits {
+    let some = |number: u64| (number > 0).then_some(number);
+    Limits { pids: some(limits.pids), memory: some(limits.memory), cpu_millis: some(limits.cpu_millis) }
 }
 
 /// 0 is the default.

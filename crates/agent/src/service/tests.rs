@@ -579,6 +579,17 @@ fn f1_a_service_that_ends_while_it_warms_up_is_tried_again_as_its_recipe_says() 
 }
 
 #[test]
+fn f9_a_service_whose_limit_can_not_be_given_is_not_run() {
+    let (_host, supervisor) = supervisor();
+    let limits = Some(guest_api::proto::Limits { pids: 8, ..guest_api::proto::Limits::default() });
+    let service = Service { limits, ..shell("web", "echo it runs; sleep 100") };
+    let error = supervisor.warm(WarmRequest { services: vec![service], ..WarmRequest::default() }, |_| ());
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("the limits of cgroup service-web could not be set"), "{error}");
+    assert_eq!(supervisor.logs().position("web"), 0);
+}
+
+#[test]
 fn bad_recipes_are_refused_by_name() {
     let refused = |service: Service| {
         let (_host, supervisor) = supervisor();

@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use identity::Limits;
 use rustix::process::Signal;
 
 use super::{
@@ -228,6 +229,7 @@ impl Unit {
             console: Console::Pipes([None, Some(theirs), Some(second)]),
             inherited,
             place: Among::Workload,
+            limits: self.spec.limits,
         };
         let ours =
             ours.map(|ours| Ok((ours.try_clone()?, ours))).transpose().map_err(|error: io::Error| failed(&error))?;
@@ -412,6 +414,7 @@ impl Unit {
                 console: Console::Pipes([None, Some(theirs), Some(second)]),
                 inherited: None,
                 place,
+                limits: Limits::default(),
             })
             .map_err(|error| failed(&error))?;
         let ended = Pump::new(&self.logs, name, &output).until_exit(&process, Some(deadline), || ());
