@@ -10,7 +10,7 @@ use std::{
 use guest_api::proto::{OnFork, Runtime, Service};
 use identity::{EnvName, ForkId, ForkIdentity, ForkName, Tag};
 
-use super::*;
+use super::{unit::NoLife, *};
 use crate::{
     payload::Expected,
     workload::{Start, StartError, Workload},
@@ -559,6 +559,22 @@ fn a_service_that_dies_is_started_again_as_its_recipe_says() {
     supervisor.warm(WarmRequest { services: vec![service], ..WarmRequest::default() }, |_| ()).unwrap();
     wait_for_log(&supervisor, "web", "starting it again\nhello\n");
     supervisor.parts().0[0].stop().unwrap();
+}
+
+#[test]
+fn a_service_that_was_ended_meanwhile_is_not_started_again() {
+    let (_host, supervisor) = supervisor();
+    let service = Service { restart: "always".into(), ..shell("web", "echo hello; exec sleep 100") };
+    supervisor.warm(WarmRequest { services: vec![service], ..WarmRequest::default() }, |_| ()).unwrap();
+    let unit = Arc::clone(&supervisor.parts().0[0]);
+    // Whoever minds its life, which is the second after the stop before the first start, has paused, and looked, and is about to start the next one.
+    unit.stop().unwrap();
+    assert!(matches!(unit.launch(Some(2)), Err(NoLife::Superseded)));
+    assert!(unit.signal(rustix::process::Signal::USR1).is_err(), "nothing runs");
+    let life = unit.launch(Some(3)).unwrap();
+    assert!(matches!(unit.launch(Some(3)), Err(NoLife::Superseded)));
+    drop(life);
+    unit.stop().unwrap();
 }
 
 #[test]
