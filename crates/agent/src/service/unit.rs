@@ -445,8 +445,12 @@ impl Unit {
             Ended::Deadline => Some("did not end in time".to_owned()),
         };
         // Also what it left in the background: a hook is not a service.
-        let _ = process.kill_tree();
+        let left = process.kill_tree();
         match problem {
+            // Beside the workload nothing would freeze it, or limit it.
+            None if place == Among::Hooks => {
+                left.map_err(|error| format!("what the hook of service {name} left behind could not be ended: {error}"))
+            }
             None => Ok(()),
             Some(how) => Err(format!("the hook of service {name} {how}{}", said(&self.logs.tail(name, log_start)))),
         }
