@@ -17,7 +17,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use guest_api::proto;
+use guest_api::{RUNTIME, proto};
 use identity::EnvName;
 use thiserror::Error;
 use toml::Spanned;
@@ -503,6 +503,9 @@ fn recipe_file(file: FileToml, folder: &Folder<'_>) -> Result<RecipeFile, String
 
 fn service(service: ServiceToml) -> Result<proto::Service, String> {
     let name = service.name.0;
+    if name == RUNTIME {
+        return Err(format!("a service can not be called {RUNTIME}: that is what the warmed runtime is called"));
+    }
     let expect = |wanted: bool, given: bool, key: &str| match (wanted, given) {
         (true, false) => Err(format!("the service {name} has on_fork = \"{key}\" and needs {key} = …")),
         (false, true) => Err(format!("the service {name} has {key} = … and needs on_fork = \"{key}\" too")),

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+pub(crate) use guest_api::RUNTIME;
 use guest_api::proto;
 use identity::Limits;
 use rustix::process::Signal;
@@ -150,9 +151,6 @@ impl Service {
     }
 }
 
-/// The runtime's name among the sources of logs.
-pub(crate) const RUNTIME: &str = "runtime";
-
 impl Runtime {
     pub(crate) fn parse(runtime: proto::Runtime) -> Result<Self, SpecError> {
         let restart = restart(&runtime.restart, || "restart of the runtime".to_owned())?;
@@ -221,4 +219,17 @@ fn signal(name: &str) -> Option<Signal> {
         "WINCH" => Signal::WINCH,
         _ => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_signal_that_a_recipe_may_name_is_known() {
+        for name in guest_api::SIGNALS {
+            assert!(signal(name).is_some(), "{name}");
+        }
+        assert_eq!(signal("PWR"), None);
+    }
 }

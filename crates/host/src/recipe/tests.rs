@@ -128,6 +128,8 @@ fn mistakes_in_a_recipe_are_refused_with_their_line() {
         ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\non_fork = \"signal\"", "needs signal"),
         ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nsignal = \"HUP\"", "needs on_fork"),
         ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\non_fork = \"signal\"\nsignal = \"KILLALL\"", "one of HUP"),
+        ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\non_fork = \"signal\"\nsignal = \"PWR\"", "one of HUP"),
+        ("[[services]]\nname = \"runtime\"\ncommand = [\"/x\"]", "can not be called runtime"),
         ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\non_fork = \"hook\"", "needs hook"),
         ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nawaited = false", "no meaning"),
         ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nhook_when = \"before-thaw\"", "needs on_fork"),

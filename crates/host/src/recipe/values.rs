@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, fmt::Display};
 
+use guest_api::SIGNALS;
 use serde::{Deserialize, Deserializer, de};
 
 pub(super) const MAX_TEXT: usize = 4096;
@@ -190,7 +191,6 @@ checked!(
 checked!(
     /// A signal's name without SIG.
     Signal: String => String, |text| {
-        const KNOWN: [&str; 10] = ["HUP", "INT", "QUIT", "USR1", "USR2", "TERM", "CONT", "ALRM", "WINCH", "PWR"];
-        when(KNOWN.contains(&text.as_str()), text, format!("a signal is one of {}", KNOWN.join(", ")))
+        when(SIGNALS.contains(&text.as_str()), text, format!("a signal is one of {}", SIGNALS.join(", ")))
     }
 );
