@@ -50,7 +50,7 @@ pub struct Start {
     pub group: String,
     /// What to run.
     pub program: Program,
-    /// The whole environment. [`crate::state::AgentState::environment`] is where it starts from.
+    /// The whole environment, but for `HOME`: without one it is the user's. [`crate::state::AgentState::environment`] is where it starts from.
     pub env: BTreeMap<String, String>,
     /// Working directory; empty is `/`.
     pub workdir: String,
@@ -181,12 +181,15 @@ impl Workload {
     ///
     /// # Errors
     /// [`StartError`].
-    pub fn start(&self, start: Start) -> Result<Process, StartError> {
+    pub fn start(&self, mut start: Start) -> Result<Process, StartError> {
         let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
         if !*open && start.place == Among::Workload {
             return Err(StartError::Frozen);
         }
         let user = self.user(&start.user)?;
+        if let Some(home) = user.home() {
+            start.env.entry("HOME".to_owned()).or_insert_with(|| home.to_owned());
+        }
         let (mut command, name) = self.command(&start.program)?;
         let group = match &self.place {
             Some(place) => Some(
