@@ -301,8 +301,28 @@ async fn other_paths_methods_and_names_are_refused() {
     for (host, local) in
         [("localhost:9511", true), ("127.0.0.1", true), ("evil.example", false), ("localhost.evil:80", false)]
     {
-        let request = Request::get(CONFIG).header(HOST, host).body(Full::default()).unwrap();
-        assert_eq!(ask(&state, Caller::Workload, request).await.0, if local { 202 } else { 421 }, "{host}");
+        for caller in [Caller::Workload, Caller::Host] {
+            let request = Request::get(CONFIG).header(HOST, host).body(Full::default()).unwrap();
+            assert_eq!(ask(&state, caller, request).await.0, if local { 202 } else { 421 }, "{host} {caller:?}");
+        }
+    }
+    let odd = hyper::header::HeaderValue::from_bytes(b"\xff").unwrap();
+    let request = Request::get(CONFIG).header(HOST, odd).body(Full::default()).unwrap();
+    assert_eq!(ask(&state, Caller::Workload, request).await.0, 421);
+}
+
+#[tokio::test]
+async fn i14_a_page_of_a_browser_posts_nothing_and_its_browser_guesses_nothing() {
+    let state = agent(Some(proto::Delivery::Post));
+    become_fork(&state, &identity(ID, None));
+    for origin in ["null", "http://evil.example", "http://localhost:9000"] {
+        let mut request = payload(r#"{"tenant": "acme"}"#);
+        request.headers_mut().insert(ORIGIN, origin.parse().unwrap());
+        assert_eq!(ask(&state, Caller::Host, request).await.0, 403, "{origin}");
+    }
+    assert_eq!(config(&state).await.0, 202, "nothing was applied");
+    for answer in [empty(StatusCode::NO_CONTENT), problem(StatusCode::NOT_FOUND, ""), answer::waiting()] {
+        assert_eq!(answer.headers()["x-content-type-options"], "nosniff");
     }
 }
 
