@@ -30,7 +30,7 @@ pub enum Phase {
     NetworkPending,
     /// A fork (or the source of a branch) that runs.
     Running,
-    /// An identity could not be applied: nothing was thawed, and nothing will be.
+    /// An identity could not be applied: nothing was thawed, and nothing will be; or a service, or the runtime, did not take it after the thaw.
     Failed,
 }
 

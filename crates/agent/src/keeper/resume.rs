@@ -24,7 +24,7 @@ use crate::{
     workload::{Among, Console, Program, Start},
 };
 
-/// How long the host may take to read an ack. Its own deadline is shorter.
+/// How long the host may take to read an ack: it waits for nothing else meanwhile.
 const ACK_DEADLINE: Duration = Duration::from_secs(30);
 
 /// What is taken for rest before a capture.
