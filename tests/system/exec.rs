@@ -7,6 +7,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::{
+    process::{Pid, Signal, kill_process},
+    pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt},
+    termios::{Winsize, tcsetwinsize},
+};
+
 use offshoot_tests::{Bench, Fork, Kind, Run, bench::wait_until};
 
 fn one() -> (Bench, Fork) {
@@ -120,6 +126,54 @@ fn f3_a_terminal_is_one() {
     assert_eq!(tty(&["-t"]).trim_end(), "terminal");
     assert_eq!(tty(&[]), "pipe\n");
     bench.offshoot(&["exec", fork.name(), "-t", "--", "/bin/true"]).refused("usage");
+    bench.end();
+}
+
+#[test]
+fn f3_a_command_runs_as_the_user_who_is_asked_for() {
+    let (bench, fork) = one();
+    let _ = bench.sh(&fork, "echo 'web:x:33:34::/var/www:/bin/sh' >> /etc/passwd; echo 'logs:x:40:web' >> /etc/group");
+    let as_user = |user: &str| {
+        let script = "echo $(id -u) $(id -g) $HOME; id -G; touch /root/mine 2>/dev/null && echo root";
+        Run::of(bench.plain(&["exec", fork.name(), "--user", user, "--", "/bin/sh", "-c", script]), &[])
+    };
+    for (user, expected) in [
+        ("web", "33 34 /var/www\n34 40\n"),
+        ("33", "33 34 /var/www\n34 40\n"),
+        ("1000:1001", "1000 1001 /\n1001\n"),
+        ("root", "0 0 /root\n0\nroot\n"),
+    ] {
+        assert_eq!(as_user(user).out(), expected, "{user}");
+    }
+    let unknown = as_user("nobody-here").exits(126);
+    assert!(unknown.err().contains("nobody-here"), "{unknown}");
+    bench.end();
+}
+
+#[test]
+fn f3_a_terminals_size_follows_the_callers_and_signals_reach_the_command() {
+    let (bench, fork) = one();
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let screen = openpt(flags).unwrap();
+    grantpt(&screen).unwrap();
+    unlockpt(&screen).unwrap();
+    let size = |ws_row, ws_col| tcsetwinsize(&screen, Winsize { ws_row, ws_col, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
+    size(33, 99);
+    let script = "trap 'stty size' WINCH; trap 'echo caught; exit 5' TERM; stty size; while :; do sleep 0.1; done";
+    let mut command = bench.plain(&["exec", fork.name(), "-t", "--", "/bin/sh", "-c", script]);
+    let mut child = command.stdout(ioctl_tiocgptpeer(&screen, flags).unwrap()).spawn().unwrap();
+    drop(command);
+    let pid = Pid::from_child(&child);
+    let mut lines = BufReader::new(fs::File::from(screen.try_clone().unwrap())).lines();
+    let mut wait_for = |line: &str| assert!(lines.by_ref().any(|seen| seen.unwrap().trim_end() == line), "{line}");
+    wait_for("33 99");
+    // Who sizes a terminal's window tells its foreground; this one has none.
+    size(40, 120);
+    kill_process(pid, Signal::WINCH).unwrap();
+    wait_for("40 120");
+    kill_process(pid, Signal::TERM).unwrap();
+    wait_for("caught");
+    assert_eq!(child.wait().unwrap().code(), Some(5));
     bench.end();
 }
 

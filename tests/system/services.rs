@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{Read, Write},
     net::{Shutdown, TcpStream},
+    process::Stdio,
     time::Duration,
 };
 
@@ -118,6 +119,16 @@ fn i13_i14_forks_wait_for_the_payload_that_is_posted_and_each_has_its_own() {
         assert_eq!(bench.sh(fork, "ps | grep -c '[b]egun for'"), "1");
     }
 
+    // What one service may use holds for it, in each fork, and for nobody else.
+    let tried = |text: &str| (text.contains("memory 0\n"), text.matches("process ").count());
+    for fork in &forks {
+        let (memory, processes) = tried(&logs(&bench, fork));
+        assert!(!memory && (1..8).contains(&processes), "{}", logs(&bench, fork));
+    }
+    let script = "dd if=/dev/zero of=/dev/null bs=24M count=1 2>/dev/null; echo memory $?; \
+        n=0; while [ $n -lt 20 ]; do sleep 1 & n=$((n+1)); echo process $n; done";
+    assert_eq!(tried(&bench.sh(&forks[1], script)), (true, 20), "the check can fail");
+
     // Two services that have asked a thousand times each saw it whole or not at all.
     for fork in &forks {
         wait_until("both services have raced", LIMIT, || logs(&bench, fork).matches("whole ").count() == 2);
@@ -159,7 +170,17 @@ fn i14_a_fork_of_a_fork_waits_anew_and_one_that_comes_back_does_not() {
     assert_eq!(told(&bench, &children[1]).1["fields"], json!({"tenant": "gamma"}));
     assert_eq!(told(&bench, &children[0]).0, 202);
     assert_eq!(told(&bench, &source).1["fields"], json!({"tenant": "acme"}));
-    drop((endpoint, other));
+
+    // One that comes while its fork is captured is kept for it, and no child has it.
+    let own = forward(&bench, &children[0], &["identity"]);
+    let capture = ["fork", "--from", children[0].name(), "--name", "grandchild", "--network", "none"];
+    let mut capturing = bench.command(&capture).stdout(Stdio::null()).spawn().unwrap();
+    assert_eq!(post(&own.addresses[0], &json!({"tenant": "delta"})), 204);
+    assert!(capturing.wait().unwrap().success());
+    assert_eq!(told(&bench, &children[0]).1["fields"], json!({"tenant": "delta"}));
+    let get = ["exec", "grandchild", "--", "/bin/sh", "-c", "ask get"];
+    assert!(bench.plain_ok(&get).starts_with("202 "));
+    drop((endpoint, other, own));
 
     let _ = bench.offshoot(&["standby", "source"]).ok();
     let _ = bench.offshoot(&["resume", "source"]).ok();
@@ -215,10 +236,17 @@ fn i13_labels_become_variables_and_nobody_sets_what_programs_are_run_by() {
         assert!(!refused.to_string().contains("/evil"), "{refused}");
     }
     assert_eq!(bench.ls().len(), 3, "nothing was made");
-    build(&bench, "allowing", "[identity]\nallow = [\"PATH\"]\n");
+    // Where no payload is waited for, a template says so: the answer is in its service's error.
+    let asks = "[[services]]\nname = \"asks\"\ncommand = [\"/bin/sh\", \"-c\", \"wget -q -O - http://127.0.0.1:9511/internal/fork-identity/config 2>/tmp/answer; echo asked; exec sleep 100000\"]\nready_line = \"asked\"\n";
+    build(&bench, "allowing", &format!("[identity]\npayload = \"off\"\nport = 9511\nallow = [\"PATH\"]\n{asks}"));
     let run = bench.offshoot(&["fork", "allowing", "--network", "none", "--env", "PATH=/bin:/own"]).ok().json();
     let allowed = Fork { record: run["forks"][0].clone() };
     assert_eq!(bench.sh(&allowed, "echo $PATH"), "/bin:/own");
+    assert!(bench.sh(&allowed, "cat /tmp/answer").contains("404 Not Found"));
+    let endpoint = forward(&bench, &allowed, &["identity"]);
+    assert_eq!(ask(&endpoint.addresses[0], "GET", "/internal/fork-identity/config", "").0, 200);
+    assert_eq!(post(&endpoint.addresses[0], &json!({})), 409);
+    drop(endpoint);
     let _ = bench
         .offshoot(&["fork", "allowing", "--network", "none", "--env", "LD_PRELOAD=x"])
         .exits(1)
@@ -234,7 +262,7 @@ fn i13_labels_become_variables_and_nobody_sets_what_programs_are_run_by() {
 #[test]
 fn i14_a_service_that_does_not_get_ready_fails_its_fork_and_the_others_live() {
     let bench = Bench::with_own_data();
-    let service = "[[services]]\nname = \"web\"\ncommand = [\"/bin/sh\", \"-c\", \"[ $TENANT = acme ] && echo ready || { echo no tenant $TENANT; exit 9; }; exec sleep 100000\"]\non_fork = \"wait\"\nready_line = \"ready\"\n";
+    let service = "[[services]]\nname = \"web\"\ncommand = [\"/bin/sh\", \"-c\", \"case $TENANT in acme) echo ready;; late) echo waiting for better weather;; *) echo no tenant $TENANT; exit 9;; esac; exec sleep 100000\"]\non_fork = \"wait\"\nready_line = \"ready\"\ntimeout_s = 5\n";
     build(&bench, "picky", &format!("[identity]\n[identity.fields]\ntenant = \"TENANT\"\n{service}"));
     let fork = |name: &str, tenant: &str| {
         bench.offshoot(&["fork", "picky", "--network", "none", "--name", name, "--label", &format!("tenant={tenant}")])
@@ -242,8 +270,38 @@ fn i14_a_service_that_does_not_get_ready_fails_its_fork_and_the_others_live() {
     let good = fork("good", "acme").ok().json()["forks"][0].clone();
     let text = fork("bad", "evil").exits(1).error().to_string();
     assert!(text.contains("web") && text.contains("no tenant evil") && text.contains('9'), "{text}");
+    // One that never gets ready.
+    let text = fork("slow", "late").exits(1).error().to_string();
+    let never = "service web did not write \\\"ready\\\" in time";
+    assert!(text.contains(never) && text.contains("waiting for better weather"), "{text}");
     assert_eq!(bench.ls(), [("good".to_owned(), true)]);
     assert_eq!(bench.sh(&Fork { record: good }, "echo $TENANT"), "acme");
+    bench.end();
+}
+
+#[test]
+fn i14_a_payload_that_takes_too_long_is_504_and_the_same_again_waits_for_it() {
+    let bench = Bench::with_own_data();
+    // Half a minute is what a post may take.
+    let service = "[[services]]\nname = \"web\"\ncommand = [\"/bin/sh\", \"-c\", \"sleep 33; echo ready for $TENANT; exec sleep 100000\"]\non_fork = \"wait\"\nready_line = \"ready\"\n";
+    build(
+        &bench,
+        "slow",
+        &format!("[identity]\npayload = \"post\"\nport = 9511\n[identity.fields]\ntenant = \"TENANT\"\n{service}"),
+    );
+    let made = bench.offshoot(&["fork", "slow", "--network", "none"]).ok().json()["forks"][0].clone();
+    let fork = Fork { record: made };
+    let endpoint = forward(&bench, &fork, &["identity"]);
+    let acme = json!({"tenant": "acme"});
+    assert_eq!(post(&endpoint.addresses[0], &acme), 504);
+    let (status, who) = ask(&endpoint.addresses[0], "GET", "/internal/fork-identity/config", "");
+    assert!(
+        status == 200 && who.contains("acme"),
+        "it has its payload, and its service is being started: {status} {who}"
+    );
+    assert_eq!(post(&endpoint.addresses[0], &acme), 204);
+    assert_eq!(logs(&bench, &fork).matches("ready for acme").count(), 1);
+    drop(endpoint);
     bench.end();
 }
 

@@ -1,11 +1,13 @@
 //! Control groups of the workload: one below another, one for each process that the agent starts.
 
 use std::{
+    borrow::Cow,
     fs, io,
     path::{Path, PathBuf},
     time::Instant,
 };
 
+use identity::Limits;
 use rustix::event::{PollFd, PollFlags};
 
 /// Where the agent mounts the cgroup hierarchy.
@@ -135,6 +137,51 @@ impl Cgroup {
         self.wait_events(deadline, |events| !events.populated)
     }
 
+    /// Sets the group's limits and reads each back. What is not limited now, and was `before`, is not limited any more.
+    ///
+    /// # Errors
+    /// If the kernel refuses a limit or shows another one.
+    pub fn set_limits(&self, before: Limits, limits: Limits) -> io::Result<Cow<'static, str>> {
+        if before == limits {
+            return Ok(if limits == Limits::default() { "none" } else { "kept" }.into());
+        }
+        for (file, before, value) in [
+            ("pids.max", before.pids.map(|n| n.to_string()), limits.pids.map(|n| n.to_string())),
+            ("memory.max", before.memory.map(pages), limits.memory.map(pages)),
+            ("cpu.max", before.cpu_millis.map(quota), limits.cpu_millis.map(quota)),
+        ] {
+            if before == value {
+                continue;
+            }
+            let none = if file == "cpu.max" { "max 100000" } else { "max" };
+            let value = value.as_deref().unwrap_or(none);
+            let refused = |error: io::Error| io::Error::new(error.kind(), format!("{file}: {error}"));
+            self.write(file, value).map_err(refused)?;
+            let shown = self.read(file).map_err(refused)?;
+            if shown != value {
+                return Err(io::Error::other(format!("{file} is {shown} after {value} was written")));
+            }
+        }
+        Ok("set".into())
+    }
+
+    /// Lets the groups below this one be limited so.
+    ///
+    /// # Errors
+    /// If the kernel has not what that takes.
+    pub fn let_limit(&self, limits: Limits) -> io::Result<()> {
+        for (controller, wanted) in
+            [("pids", limits.pids.is_some()), ("memory", limits.memory.is_some()), ("cpu", limits.cpu_millis.is_some())]
+        {
+            if wanted {
+                let refused =
+                    |error: io::Error| io::Error::new(error.kind(), format!("controller {controller}: {error}"));
+                self.write("cgroup.subtree_control", &format!("+{controller}")).map_err(refused)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Removes the group; it must be empty.
     ///
     /// # Errors
@@ -144,10 +191,45 @@ impl Cgroup {
     }
 }
 
+/// The kernel counts memory in pages.
+fn pages(bytes: u64) -> String {
+    (bytes / 4096 * 4096).to_string()
+}
+
+/// Microseconds of CPU time in each period of 100 ms. The kernel's least quota is 1 ms.
+fn quota(millis: u64) -> String {
+    format!("{} 100000", millis.saturating_mul(100).max(1000))
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn limits_are_given_in_the_kernels_units() {
+        assert_eq!(quota(500), "50000 100000");
+        assert_eq!(quota(1), "1000 100000");
+        assert_eq!(pages(4097), "4096");
+    }
+
+    #[test]
+    fn f9_a_limit_that_the_kernel_does_not_know_is_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let group = Cgroup(folder.path().to_owned());
+        let limits = Limits { memory: Some(16 << 20), pids: Some(8), ..Limits::default() };
+        let refused = |result: io::Result<()>| result.unwrap_err().to_string();
+        assert!(refused(group.let_limit(limits)).starts_with("controller pids: "));
+        assert!(refused(group.set_limits(Limits::default(), limits).map(drop)).starts_with("pids.max: "));
+        for file in ["cgroup.subtree_control", "pids.max", "memory.max"] {
+            fs::write(folder.path().join(file), "").unwrap();
+        }
+        group.let_limit(limits).unwrap();
+        group.set_limits(Limits::default(), limits).unwrap();
+        assert_eq!([group.read("pids.max").unwrap(), group.read("memory.max").unwrap()], ["8", "16777216"]);
+        assert_eq!(group.set_limits(limits, limits).unwrap(), "kept");
+        assert!(group.set_limits(limits, Limits { cpu_millis: Some(500), ..limits }).is_err());
+    }
 
     #[test]
     fn events_are_read_by_key_and_not_by_place() {

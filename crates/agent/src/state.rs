@@ -30,7 +30,7 @@ pub enum Phase {
     NetworkPending,
     /// A fork (or the source of a branch) that runs.
     Running,
-    /// An identity could not be applied: nothing was thawed, and nothing will be.
+    /// An identity could not be applied: nothing was thawed, and nothing will be; or a service, or the runtime, did not take it after the thaw.
     Failed,
 }
 
@@ -227,7 +227,8 @@ impl AgentState {
     }
 
     /// The environment that a new process of the workload gets: the recipe's, then the identity's, then `OFFSHOOT_*`.
-    /// It is made anew each time, so a variable that the identity does not have is not there.
+    /// It is made anew each time, so a variable that the identity does not have is not there. `HOME` depends on the user, and is added where a process is
+    /// started.
     #[must_use]
     pub fn environment(&self) -> BTreeMap<String, String> {
         let now = self.now();
@@ -266,13 +267,10 @@ fn environment(
     expected: Option<&Expected>,
     identity: Option<&Identity>,
 ) -> BTreeMap<String, String> {
-    let mut env: BTreeMap<String, String> = [
-        ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
-        ("HOME", "/root"),
-        ("LANG", "C.UTF-8"),
-    ]
-    .map(|(name, value)| (name.to_owned(), value.to_owned()))
-    .into();
+    let mut env: BTreeMap<String, String> =
+        [("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"), ("LANG", "C.UTF-8")]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .into();
     env.extend(recipe.iter().map(|(name, value)| (name.clone(), value.clone())));
     // A recipe can not pretend to be a fork.
     env.retain(|name, _| {

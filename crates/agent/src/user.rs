@@ -9,6 +9,7 @@ use rustix::fs::{Gid, Mode, OFlags, ResolveFlags, Uid};
 pub(crate) struct User {
     ids: Option<(u32, u32)>,
     groups: Vec<Gid>,
+    home: Option<String>,
 }
 
 /// A file of users or groups that is larger is not read: the guest's images are not ours.
@@ -16,7 +17,12 @@ const MAX_FILE: usize = 1 << 20;
 
 impl User {
     pub(crate) fn unchanged() -> Self {
-        Self { ids: None, groups: Vec::new() }
+        Self { ids: None, groups: Vec::new(), home: None }
+    }
+
+    /// Its home directory: what `HOME` is where nobody says something else.
+    pub(crate) fn home(&self) -> Option<&str> {
+        self.home.as_deref()
     }
 
     /// Becomes the user. System calls only: it runs between fork and exec, when this thread is the whole process.
@@ -40,17 +46,13 @@ fn find(passwd: &str, group: &str, name: &str) -> Option<User> {
     let name = if name.is_empty() { "0:0" } else { name };
     if let Some((uid, gid)) = name.split_once(':') {
         let (uid, gid) = (uid.parse().ok()?, gid.parse().ok()?);
-        return Some(User { ids: Some((uid, gid)), groups: vec![Gid::from_raw(gid)] });
+        let home = entries(passwd).find(|entry| entry.uid == uid).and_then(|entry| entry.home);
+        return Some(User { ids: Some((uid, gid)), groups: vec![Gid::from_raw(gid)], home: Some(home_of(uid, home)) });
     }
     let number: Option<u32> = name.parse().ok();
-    let entry = passwd.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        let (user, _, uid, gid) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
-        let (uid, gid): (u32, u32) = (uid.parse().ok()?, gid.parse().ok()?);
-        (user == name || Some(uid) == number).then_some((user, uid, gid))
-    });
+    let entry = entries(passwd).find(|entry| entry.user == name || Some(entry.uid) == number);
     match (entry, number) {
-        (Some((user, uid, gid)), _) => {
+        (Some(Entry { user, uid, gid, home }), _) => {
             let member = |line: &str| {
                 let mut fields = line.split(':');
                 let (id, members) = (fields.nth(2)?, fields.next()?);
@@ -58,11 +60,36 @@ fn find(passwd: &str, group: &str, name: &str) -> Option<User> {
             };
             let mut groups = vec![Gid::from_raw(gid)];
             groups.extend(group.lines().filter_map(member).filter(|&id| id != gid).take(64).map(Gid::from_raw));
-            Some(User { ids: Some((uid, gid)), groups })
+            Some(User { ids: Some((uid, gid)), groups, home: Some(home_of(uid, home)) })
         }
-        (None, Some(uid)) => Some(User { ids: Some((uid, uid)), groups: vec![Gid::from_raw(uid)] }),
+        (None, Some(uid)) => {
+            Some(User { ids: Some((uid, uid)), groups: vec![Gid::from_raw(uid)], home: Some(home_of(uid, None)) })
+        }
         (None, None) => None,
     }
+}
+
+/// A line of `/etc/passwd`, as far as it matters.
+struct Entry<'a> {
+    user: &'a str,
+    uid: u32,
+    gid: u32,
+    home: Option<&'a str>,
+}
+
+/// The lines that are well formed.
+fn entries(passwd: &str) -> impl Iterator<Item = Entry<'_>> {
+    passwd.lines().filter_map(|line| {
+        let mut fields = line.split(':');
+        let (user, _, uid, gid) = (fields.next()?, fields.next()?, fields.next()?, fields.next()?);
+        let home = fields.nth(1).filter(|home| home.starts_with('/') && !home.contains('\0'));
+        Some(Entry { user, uid: uid.parse().ok()?, gid: gid.parse().ok()?, home })
+    })
+}
+
+/// A user's home directory, also if nobody has written down one.
+fn home_of(uid: u32, home: Option<&str>) -> String {
+    home.unwrap_or(if uid == 0 { "/root" } else { "/" }).to_owned()
 }
 
 fn read(root: Option<&OwnedFd>, path: &str) -> String {
@@ -104,6 +131,18 @@ mod tests {
         for unknown in ["nobody", "7:", ":7", "7:x", "web:34", "-1", "broken"] {
             assert_eq!(ids(unknown), None, "{unknown}");
         }
+    }
+
+    #[test]
+    fn a_user_has_his_home_and_an_unknown_one_the_root() {
+        let home = |passwd, name| find(passwd, GROUP, name).and_then(|user| user.home);
+        for (name, expected) in
+            [("", "/root"), ("web", "/var/www"), ("33", "/var/www"), ("33:7", "/var/www"), ("7", "/"), ("7:8", "/")]
+        {
+            assert_eq!(home(PASSWD, name).as_deref(), Some(expected), "{name}");
+        }
+        assert_eq!(home("", "").as_deref(), Some("/root"));
+        assert_eq!(home("web:x:33:34::relative:/bin/sh\n", "web").as_deref(), Some("/"));
     }
 
     #[test]

@@ -15,6 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use identity::Limits;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use thiserror::Error;
 
@@ -49,7 +50,7 @@ pub struct Start {
     pub group: String,
     /// What to run.
     pub program: Program,
-    /// The whole environment. [`crate::state::AgentState::environment`] is where it starts from.
+    /// The whole environment, but for `HOME`: without one it is the user's. [`crate::state::AgentState::environment`] is where it starts from.
     pub env: BTreeMap<String, String>,
     /// Working directory; empty is `/`.
     pub workdir: String,
@@ -61,6 +62,8 @@ pub struct Start {
     pub inherited: Option<OwnedFd>,
     /// Where its cgroup is.
     pub place: Among,
+    /// Limits of that cgroup, besides those of the workload.
+    pub limits: Limits,
 }
 
 /// Among whom a process runs.
@@ -90,6 +93,14 @@ pub enum StartError {
     /// The cgroup could not be made.
     #[error("cgroup {name} could not be made: {source}")]
     Cgroup {
+        /// The group.
+        name: String,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// A limit that was asked for can not be given: it is not run without.
+    #[error("the limits of cgroup {name} could not be set: {source}")]
+    Limits {
         /// The group.
         name: String,
         /// The kernel's reason.
@@ -170,12 +181,15 @@ impl Workload {
     ///
     /// # Errors
     /// [`StartError`].
-    pub fn start(&self, start: Start) -> Result<Process, StartError> {
+    pub fn start(&self, mut start: Start) -> Result<Process, StartError> {
         let open = self.open.read().unwrap_or_else(PoisonError::into_inner);
         if !*open && start.place == Among::Workload {
             return Err(StartError::Frozen);
         }
         let user = self.user(&start.user)?;
+        if let Some(home) = user.home() {
+            start.env.entry("HOME".to_owned()).or_insert_with(|| home.to_owned());
+        }
         let (mut command, name) = self.command(&start.program)?;
         let group = match &self.place {
             Some(place) => Some(
@@ -186,6 +200,16 @@ impl Workload {
             ),
             None => None,
         };
+        if start.limits != Limits::default() {
+            let limited = match (&self.place, &group) {
+                (Some(place), Some(group)) => place
+                    .of(start.place)
+                    .let_limit(start.limits)
+                    .and_then(|()| group.set_limits(Limits::default(), start.limits).map(drop)),
+                _ => Err(io::Error::new(io::ErrorKind::Unsupported, "there are no cgroups here")),
+            };
+            limited.map_err(|source| StartError::Limits { name: start.group.clone(), source })?;
+        }
         let procs = match &group {
             Some(group) => Some(
                 File::options()

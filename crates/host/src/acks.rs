@@ -18,7 +18,7 @@ const MAX_BYTES: usize = 1 << 20;
 /// Why a fork has not acknowledged.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum AckWaitError {
-    /// The guest says that a step failed; nothing of its workload ran.
+    /// The guest says that a step failed: before the thaw, and then nothing of its workload ran, or after it (host keys, services, the runtime).
     #[error("the guest could not apply {mailbox}: {reason}")]
     Failed {
         /// Which mailbox.

@@ -204,6 +204,7 @@ pub fn build(
         frozen_monotonic_ns: captured.frozen_monotonic_ns,
         frozen_wall_ns: captured.frozen_wall_ns,
         rehearses: captured.rehearses,
+        ack_limit_ms: recipe.ack_limit_ms(),
         build_millis: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
         group: confine::of_template(&template_id),
         memory_writable: !engine.capabilities().read_only_template,

@@ -451,7 +451,7 @@ impl<'a> Plan<'a> {
     }
 
     fn identity_handoff(&self) -> IdentityHandoff<'_> {
-        IdentityHandoff::new(self.request, self.identity, &self.origin.manifest.tag)
+        IdentityHandoff::new(self.request, self.identity, self.origin.manifest)
     }
 
     /// A machine that has loaded the template: the spare, or one of its own.

@@ -17,7 +17,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use guest_api::proto;
+use guest_api::{RUNTIME, proto};
 use identity::EnvName;
 use thiserror::Error;
 use toml::Spanned;
@@ -25,7 +25,10 @@ use toml::Spanned;
 use self::file::{
     FileToml, HookWhen, OnFork, RecipeToml, RootKind, RootToml, RuntimeRestart, ServiceRestart, ServiceToml,
 };
-use crate::image::rootfs::{RootError, oci};
+use crate::{
+    handoff::IDENTITY_TIMEOUT,
+    image::rootfs::{RootError, oci},
+};
 
 const FILE: &str = "recipe.toml";
 const MAX_RECIPE: u64 = 256 << 10;
@@ -37,6 +40,8 @@ const MAX_PROBES: usize = 16;
 const DEFAULT_MEMORY: u64 = 256 << 20;
 const DEFAULT_TIMEOUT_MS: u32 = 60_000;
 const DEFAULT_EVENT_TIMEOUT_MS: u32 = 5_000;
+/// What a fork's guest may take besides its services and runtime: 20 s for SSH host keys, and the rest of its steps on a busy host.
+const OTHER_STEPS_MS: u32 = 30_000;
 
 /// A recipe of the program itself.
 struct BuiltIn {
@@ -283,6 +288,19 @@ impl Recipe {
     }
 }
 
+impl Recipe {
+    /// How long a fork may take until it acknowledges its identity: time for all that its services and its runtime do one after the other, each of which
+    /// has a deadline of its own in the guest, so that it is the guest that gives up and says on whom it waited.
+    #[must_use]
+    pub fn ack_limit_ms(&self) -> u32 {
+        let acts = |service: &&proto::Service| !service.start_in_template || service.on_fork() != proto::OnFork::Keep;
+        let services = self.services.iter().filter(acts).map(|service| service.timeout_ms);
+        let runtime = self.runtime.iter().map(|runtime| runtime.event_timeout_ms);
+        let limit = services.chain(runtime).fold(OTHER_STEPS_MS, u32::saturating_add);
+        limit.max(u32::try_from(IDENTITY_TIMEOUT.as_millis()).unwrap_or(u32::MAX))
+    }
+}
+
 fn image_env(rootfs: &RootSource) -> Result<BTreeMap<String, String>, RecipeError> {
     let RootSource::Oci(path) = rootfs else { return Ok(BTreeMap::new()) };
     let image = oci::Image::open(path).map_err(Box::new)?;
@@ -485,6 +503,9 @@ fn recipe_file(file: FileToml, folder: &Folder<'_>) -> Result<RecipeFile, String
 
 fn service(service: ServiceToml) -> Result<proto::Service, String> {
     let name = service.name.0;
+    if name == RUNTIME {
+        return Err(format!("a service can not be called {RUNTIME}: that is what the warmed runtime is called"));
+    }
     let expect = |wanted: bool, given: bool, key: &str| match (wanted, given) {
         (true, false) => Err(format!("the service {name} has on_fork = \"{key}\" and needs {key} = …")),
         (false, true) => Err(format!("the service {name} has {key} = … and needs on_fork = \"{key}\" too")),
@@ -548,6 +569,11 @@ fn service(service: ServiceToml) -> Result<proto::Service, String> {
         }
         .to_owned(),
         timeout_ms: service.timeout_s.map_or(DEFAULT_TIMEOUT_MS, |time| time.0),
+        limits: service.limits.map(|limits| proto::Limits {
+            memory: limits.memory.map_or(0, |size| size.0),
+            pids: limits.pids.map_or(0, |count| count.0),
+            cpu_millis: limits.cpu.map_or(0, |cpus| cpus.0),
+        }),
         name,
     })
 }

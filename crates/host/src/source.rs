@@ -23,7 +23,7 @@ use identity::{
     seal,
 };
 use memory::{ExpectedMailbox, Finder, Mailbox, PlantedBy, ScanError};
-use store::{Store, StoreError, Template};
+use store::{Manifest, Store, StoreError, Template};
 use thiserror::Error;
 
 use crate::{
@@ -31,7 +31,7 @@ use crate::{
     build, engines, fault,
     fork::{Stopwatch, random},
     guest::{GuestChannel, GuestError},
-    handoff::IDENTITY_TIMEOUT,
+    handoff::ack_limit,
     home::Home,
     operation::{Journal, Kind, Operation},
     record::{self, ForkRecord, StepTime},
@@ -309,7 +309,7 @@ impl<'a> Source<'a> {
     }
 
     fn wait_ack(&self, held: &HeldVm, journal: &Journal) -> Result<(), SourceError> {
-        let mut waiter = continue_waiter(self.record, &journal.ack_key);
+        let mut waiter = continue_waiter(self.record, self.template.manifest(), &journal.ack_key);
         waiter.start();
         waiter.wait_for(&MailboxName::identity(), held.ack_stream())?;
         Ok(())
@@ -364,11 +364,11 @@ fn nanos(since_epoch: Duration) -> ClockNanos {
     ClockNanos(u64::try_from(since_epoch.as_nanos()).unwrap_or(u64::MAX))
 }
 
-/// Waits for the ack of a fork that goes on.
-pub(crate) fn continue_waiter(record: &ForkRecord, ack_key: &AckKey) -> Waiter {
+/// Waits for the ack of a fork of `template` that goes on.
+pub(crate) fn continue_waiter(record: &ForkRecord, template: &Manifest, ack_key: &AckKey) -> Waiter {
     let own = MailboxName::identity();
     let mut waiter = Waiter::new(record.id.clone(), [(own.clone(), ack_key.for_mailbox(&own))].into());
-    waiter.want(own, IDENTITY_TIMEOUT);
+    waiter.want(own, ack_limit(template));
     waiter
 }
 

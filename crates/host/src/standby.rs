@@ -189,7 +189,7 @@ pub fn resume(home: &Home, store: &Store, fork: &ForkRecord) -> Result<Moved, St
     fault::point("resume.delivered", Some(&process)).map_err(state("telling the fork to go on"))?;
     let mut running = Running(Some(sealed.resume()?));
     fault::point("resume.resumed", Some(&process)).map_err(state("letting the fork go on"))?;
-    let mut waiter = source::continue_waiter(&record, &journal.ack_key);
+    let mut waiter = source::continue_waiter(&record, manifest, &journal.ack_key);
     waiter.start();
     if let Some(vm) = &running.0 {
         waiter.wait_for(&own, &vm.ack_stream)?;

@@ -44,7 +44,7 @@ pub enum Stage {
     NetworkPending,
     /// Everything was done but the thaw, and is put back now: a rehearsal. It is no end either: the guest says when it waits again.
     Rehearsed,
-    /// A step failed; nothing was thawed.
+    /// A step failed. If it was one before the thaw, nothing of the workload has run; SSH host keys, services and the runtime come after it.
     Failed,
 }
 

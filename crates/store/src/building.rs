@@ -62,6 +62,8 @@ pub struct Contents {
     pub frozen_wall_ns: u64,
     /// Whether its machines can rehearse.
     pub rehearses: bool,
+    /// How long a fork may take until it acknowledges its identity, in milliseconds.
+    pub ack_limit_ms: u32,
     /// What the build took.
     pub build_millis: u64,
     /// Group that the processes of forks belong to (as root).
@@ -153,6 +155,7 @@ impl Building {
             rehearses: contents.rehearses,
             frozen_monotonic_ns: contents.frozen_monotonic_ns,
             frozen_wall_ns: contents.frozen_wall_ns,
+            ack_limit_ms: contents.ack_limit_ms,
             build_millis: contents.build_millis,
             files,
         };

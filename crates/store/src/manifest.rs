@@ -68,6 +68,9 @@ pub struct Manifest {
     /// Whether its guest knows rehearsals: those of older templates do not.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub rehearses: bool,
+    /// How long a fork may take until it acknowledges its identity, in milliseconds, by what its recipe has services wait for; 0 in older templates.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub ack_limit_ms: u32,
     /// What the build took.
     pub build_millis: u64,
     /// Sizes of its files in bytes.

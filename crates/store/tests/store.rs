@@ -34,6 +34,7 @@ fn contents() -> Contents {
         frozen_monotonic_ns: 1,
         frozen_wall_ns: 2,
         rehearses: true,
+        ack_limit_ms: 60_000,
         build_millis: 3,
         group: None,
         memory_writable: false,

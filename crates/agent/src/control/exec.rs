@@ -14,6 +14,7 @@ use guest_api::proto::{
     Command, ExecExit, ExecInput, ExecOutput, ExecStart, Resize, exec_input::Input, exec_output::Output,
     exec_start::What,
 };
+use identity::Limits;
 use rustix::{
     fs::{Mode, OFlags},
     process::Signal,
@@ -24,7 +25,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, unix::AsyncFd},
     net::unix::pipe,
     sync::mpsc,
-    task::JoinHandle,
+    task::JoinSet,
 };
 use tokio_stream::StreamExt;
 use tonic::{Status, Streaming};
@@ -38,6 +39,10 @@ use crate::{
 const CHUNK: usize = 16 * 1024;
 /// Messages of output that may wait; a slow reader stops the command, it does not fill memory.
 const WAITING: usize = 8;
+/// Messages of input that may wait for a command that does not read, while sizes and signals pass them.
+pub(super) const INPUT_WINDOW: u16 = 16;
+/// What a pipe holds, where the kernel does not say, and more than a terminal does.
+const PIPE: usize = 64 * 1024;
 
 /// Numbers the cgroups of commands.
 static NEXT: AtomicU64 = AtomicU64::new(1);
@@ -119,6 +124,7 @@ impl Running {
             console: Console::Pipes([None, None, None]),
             inherited: None,
             place: Among::Workload,
+            limits: Limits::default(),
         };
         if command.tty {
             start.env.entry("TERM".into()).or_insert_with(|| "xterm".into());
@@ -155,28 +161,39 @@ impl Running {
     /// Runs to the end. `None` if nobody listens any more; the command and all it started are dead then.
     async fn run(mut self, input: Streaming<ExecInput>, replies: &Replies, timeout_ms: u64) -> Option<ExecExit> {
         let process = Arc::clone(&self.process);
-        let feeding = tokio::spawn(feed(input, self.stdin.take(), Arc::clone(&process), self.terminal.take()));
-        let pumps: Vec<JoinHandle<()>> = self
+        // Ends with this function, however that ends.
+        let mut feeding = JoinSet::new();
+        let (queue, waiting) = mpsc::channel(usize::from(INPUT_WINDOW));
+        feeding.spawn(write_input(waiting, self.stdin.take(), replies.clone()));
+        feeding.spawn(feed(input, queue, Arc::clone(&process), self.terminal.take()));
+        let mut pumps: JoinSet<()> = self
             .sources
             .drain(..)
-            .map(|(source, wrap)| tokio::spawn(pump(source, wrap, Arc::clone(&process), replies.clone())))
+            .map(|(source, wrap)| pump(source, wrap, Arc::clone(&process), replies.clone()))
             .collect();
-        let exit = tokio::select! {
-            exit = process.exited() => Some((exit, false)),
-            () = replies.closed() => None,
-            () = deadline(timeout_ms) => {
+        let deadline = deadline(timeout_ms);
+        tokio::pin!(deadline);
+        let (exit, timed_out) = tokio::select! {
+            exit = process.exited() => (exit, false),
+            () = replies.closed() => {
                 kill(&process).await;
-                Some((process.exited().await, true))
+                return None;
+            }
+            () = &mut deadline => {
+                kill(&process).await;
+                (process.exited().await, true)
             }
         };
-        feeding.abort();
-        let Some((exit, timed_out)) = exit else {
-            kill(&process).await;
-            pumps.iter().for_each(JoinHandle::abort);
-            return None;
-        };
-        for pump in pumps {
-            let _ = pump.await;
+        drop(feeding);
+        let passed_on = async { while pumps.join_next().await.is_some() {} };
+        tokio::pin!(passed_on);
+        tokio::select! {
+            () = &mut passed_on => {}
+            // A reader that takes its time does not give what the command left behind more of it. What was written is still passed on.
+            () = &mut deadline, if !timed_out => {
+                kill(&process).await;
+                passed_on.await;
+            }
         }
         Some(ExecExit { code: exit.code(), timed_out, error: String::new() })
     }
@@ -213,33 +230,23 @@ fn set_size(terminal: &OwnedFd, rows: u32, cols: u32) {
     let _ = tcsetwinsize(terminal, Winsize { ws_row, ws_col, ws_xpixel: 0, ws_ypixel: 0 });
 }
 
-/// The client's messages: input, sizes, signals.
+/// The client's messages: sizes and signals, which are obeyed at once, and input, which waits for the command in `queue`. A client that keeps to
+/// the window never finds that full; one that does not know of it has its other messages held up.
 async fn feed(
     mut input: Streaming<ExecInput>,
-    mut stdin: Option<Sink>,
+    queue: mpsc::Sender<Vec<u8>>,
     process: Arc<Process>,
     terminal: Option<Arc<AsyncFd<OwnedFd>>>,
 ) {
+    let mut queue = Some(queue);
     while let Some(Ok(message)) = input.next().await {
         match message.input {
             Some(Input::Stdin(bytes)) => {
-                let failed = match &mut stdin {
-                    Some(Sink::Pipe(pipe)) => pipe.write_all(&bytes).await.is_err(),
-                    Some(Sink::Terminal(terminal)) => write_terminal(terminal, &bytes).await.is_err(),
-                    None => false,
-                };
-                if failed {
-                    // The command has closed its input: what still comes is dropped.
-                    stdin = None;
+                if let Some(queue) = &queue {
+                    let _ = queue.send(bytes).await;
                 }
             }
-            Some(Input::CloseStdin(_)) => {
-                if let Some(Sink::Terminal(terminal)) = &stdin {
-                    // Control-D, which is how a terminal's input ends.
-                    let _ = write_terminal(terminal, &[4]).await;
-                }
-                stdin = None;
-            }
+            Some(Input::CloseStdin(_)) => queue = None,
             Some(Input::Resize(Resize { rows, cols })) => {
                 if let Some(terminal) = &terminal {
                     set_size(terminal.get_ref(), rows, cols);
@@ -254,8 +261,29 @@ async fn feed(
         }
     }
     // The client's side of the stream is closed; the command may go on reading nothing.
-    drop(stdin);
     drop(terminal);
+}
+
+/// Writes what waits in the queue to the command until its end, which is the end of the command's input, and says how much of it was taken.
+async fn write_input(mut queue: mpsc::Receiver<Vec<u8>>, mut stdin: Option<Sink>, replies: Replies) {
+    while let Some(bytes) = queue.recv().await {
+        let failed = match &mut stdin {
+            Some(Sink::Pipe(pipe)) => pipe.write_all(&bytes).await.is_err(),
+            Some(Sink::Terminal(terminal)) => write_terminal(terminal, &bytes).await.is_err(),
+            None => false,
+        };
+        if failed {
+            // The command has closed its input: what still comes is dropped.
+            stdin = None;
+        }
+        if replies.send(Ok(output(Output::InputTaken(1)))).await.is_err() {
+            return;
+        }
+    }
+    if let Some(Sink::Terminal(terminal)) = &stdin {
+        // Control-D, which is how a terminal's input ends.
+        let _ = write_terminal(terminal, &[4]).await;
+    }
 }
 
 async fn write_terminal(terminal: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Result<()> {
@@ -270,23 +298,27 @@ async fn write_terminal(terminal: &AsyncFd<OwnedFd>, mut bytes: &[u8]) -> io::Re
     Ok(())
 }
 
-/// Moves output until its end. Once the command has ended, only what is there already: a process it left behind may keep
-/// the pipe open for ever.
+/// Moves output until its end. Once the command has ended, no more than was there already: a process it left behind may keep
+/// the pipe open for ever, or write for ever.
 async fn pump(mut source: Source, wrap: Wrap, process: Arc<Process>, replies: Replies) {
     let mut buffer = vec![0; CHUNK];
-    let mut ended = false;
+    let mut left = None;
     loop {
-        let read = if ended {
-            source.read_now(&mut buffer)
-        } else {
-            tokio::select! {
+        if left.is_none() && process.exit().is_some() {
+            left = Some(source.capacity());
+        }
+        let read = match &mut left {
+            Some(left) => {
+                let most = CHUNK.min(*left);
+                let read = source.read_now(&mut buffer[..most]);
+                *left -= read.as_ref().map_or(0, |count| *count);
+                read
+            }
+            None => tokio::select! {
                 biased;
                 read = source.read(&mut buffer) => read,
-                _ = process.exited() => {
-                    ended = true;
-                    continue;
-                }
-            }
+                _ = process.exited() => continue,
+            },
         };
         match read {
             Ok(count) if count > 0 => {
@@ -312,6 +344,14 @@ impl Source {
         }
     }
 
+    /// Most bytes that can be in it.
+    fn capacity(&self) -> usize {
+        match self {
+            Self::Pipe(pipe) => rustix::pipe::fcntl_getpipe_size(pipe).unwrap_or(PIPE),
+            Self::Terminal(_) => PIPE,
+        }
+    }
+
     /// What is there by now. The descriptor itself is asked: the runtime's `try_read` says "nothing" as long as it has not
     /// heard of what came, and the last output of a command comes together with its end.
     fn read_now(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
@@ -327,6 +367,7 @@ impl Source {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use crate::workload::Workload;
 
     #[test]
     fn output_that_the_runtime_has_not_heard_of_yet_is_there_to_be_read() {
@@ -339,6 +380,42 @@ mod tests {
             assert_eq!(source.read_now(&mut buffer).unwrap(), 10);
             drop(theirs);
             assert_eq!(source.read_now(&mut buffer).unwrap(), 0);
+        });
+    }
+
+    #[test]
+    fn f3_of_what_is_written_after_the_commands_end_no_more_is_read_than_a_pipe_holds() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let start = Start {
+                group: "exec-true".into(),
+                program: Program::Command(vec!["/bin/true".into()]),
+                env: std::collections::BTreeMap::new(),
+                workdir: String::new(),
+                user: String::new(),
+                console: Console::Pipes([None, None, None]),
+                inherited: None,
+                place: Among::Workload,
+                limits: Limits::default(),
+            };
+            let process = Arc::new(Workload::bare().unwrap().start(start).unwrap());
+            let _ = process.exited().await;
+            let (ours, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::NONBLOCK).unwrap();
+            let capacity = rustix::pipe::fcntl_getpipe_size(&theirs).unwrap();
+            // It is never empty.
+            let fill = || while rustix::io::write(&theirs, &[b'y'; 4096]).is_ok() {};
+            fill();
+            let (replies, mut outputs) = mpsc::channel(1);
+            let source = Source::Pipe(pipe::Receiver::from_owned_fd(ours).unwrap());
+            tokio::spawn(pump(source, Output::Stdout, process, replies));
+            let mut total = 0;
+            while let Some(message) = outputs.recv().await {
+                let Some(Output::Stdout(bytes)) = message.unwrap().output else { panic!("it is no output") };
+                total += bytes.len();
+                assert!(total <= capacity, "{total} of {capacity}");
+                fill();
+            }
+            assert_eq!(total, capacity);
         });
     }
 }

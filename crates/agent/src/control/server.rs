@@ -180,7 +180,9 @@ impl Agent for Service {
     async fn exec(&self, request: Request<Streaming<ExecInput>>) -> Result<Response<Self::ExecStream>, Status> {
         self.check_running()?;
         let replies = exec::start(Arc::clone(&self.state), request.into_inner()).await?;
-        Ok(Response::new(Box::pin(ReceiverStream::new(replies))))
+        let mut response: Response<Self::ExecStream> = Response::new(Box::pin(ReceiverStream::new(replies)));
+        response.metadata_mut().insert(guest_api::INPUT_WINDOW, exec::INPUT_WINDOW.into());
+        Ok(response)
     }
 
     async fn eval(&self, request: Request<EvalRequest>) -> Result<Response<EvalReply>, Status> {

@@ -257,7 +257,7 @@ async fn collect(mut outputs: Streaming<ExecOutput>) -> (Vec<u8>, Vec<u8>, ExecE
             Some(Output::Stdout(bytes)) => stdout.extend(bytes),
             Some(Output::Stderr(bytes)) => stderr.extend(bytes),
             Some(Output::Exit(exit)) => return (stdout, stderr, exit),
-            None => {}
+            Some(Output::InputTaken(_)) | None => {}
         }
     }
 }
@@ -310,6 +310,39 @@ fn f3_a_deadline_ends_the_command() {
         let mut guest = guest().await;
         let (_, _, exit) = collect(guest.exec(vec![run(&["sleep", "1000"], 50)]).await.unwrap()).await;
         assert!(exit.timed_out);
+    });
+}
+
+#[test]
+fn f3_what_a_command_leaves_behind_may_write_without_end() {
+    on_runtime(async {
+        let mut guest = guest().await;
+        let script = "yes & echo started >&2; exit 4";
+        let (_, stderr, exit) = collect(guest.exec(vec![run(&["sh", "-c", script], 0)]).await.unwrap()).await;
+        assert_eq!((&stderr[..], exit.code, exit.timed_out), (&b"started\n"[..], 4, false));
+    });
+}
+
+#[test]
+fn f3_signals_pass_the_input_that_a_command_does_not_read() {
+    on_runtime(async {
+        let mut guest = guest().await;
+        let script = "trap 'echo caught; exit 5' USR1; echo ready; while :; do sleep 0.05; done";
+        let (more, inputs) = mpsc::channel(1);
+        let send = async |input| more.send(ExecInput { input: Some(input) }).await.unwrap();
+        let start = tokio_stream::once(ExecInput { input: Some(run(&["sh", "-c", script], 0)) });
+        let mut answer = guest.client.exec(start.chain(ReceiverStream::new(inputs))).await.unwrap();
+        let window: usize = answer.metadata().get(guest_api::INPUT_WINDOW).unwrap().to_str().unwrap().parse().unwrap();
+        let Some(Output::Stdout(ready)) = answer.get_mut().message().await.unwrap().unwrap().output else { panic!() };
+        assert_eq!(ready, b"ready\n");
+        // More than a pipe holds.
+        assert!(window * 16 * 1024 > 128 * 1024);
+        for _ in 0..window {
+            send(Input::Stdin(vec![b'x'; 16 * 1024])).await;
+        }
+        send(Input::Signal(libc::SIGUSR1)).await;
+        let (stdout, _, exit) = collect(answer.into_inner()).await;
+        assert_eq!((&stdout[..], exit.code), (&b"caught\n"[..], 5));
     });
 }
 

@@ -4,7 +4,7 @@ use http_body_util::Full;
 use hyper::{
     Response, StatusCode,
     body::Bytes,
-    header::{CACHE_CONTROL, HeaderValue, RETRY_AFTER},
+    header::{CACHE_CONTROL, HeaderValue, RETRY_AFTER, X_CONTENT_TYPE_OPTIONS},
 };
 use serde_json::json;
 
@@ -16,6 +16,7 @@ fn with(status: StatusCode, body: impl Into<Bytes>) -> Answer {
     *answer.status_mut() = status;
     // It is true now, and nobody may show it later.
     answer.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    answer.headers_mut().insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     answer
 }
 

@@ -24,7 +24,7 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::{
     Method, Request, Response, StatusCode,
     body::{Bytes, Incoming},
-    header::{CONTENT_TYPE, HOST},
+    header::{CONTENT_TYPE, HOST, ORIGIN},
     server::conn::http1,
     service::service_fn,
 };
@@ -87,10 +87,14 @@ pub async fn serve(state: Arc<AgentState>, caller: Caller, stream: impl AsyncRea
 }
 
 async fn respond(state: &Arc<AgentState>, caller: Caller, request: Request<Incoming>, limit: Duration) -> Answer {
-    // A page of a browser in the fork must not read it by a name that leads to the loopback.
-    let host = request.headers().get(HOST).and_then(|host| host.to_str().ok()).unwrap_or("localhost");
-    if caller == Caller::Workload && !is_local(host) {
+    // A page of a browser, in the fork or on the host, must not reach it by a name that leads to the loopback…
+    let host = request.headers().get(HOST).map_or("localhost", |host| host.to_str().unwrap_or("?"));
+    if !is_local(host) {
         return problem(StatusCode::MISDIRECTED_REQUEST, "ask for it as localhost or 127.0.0.1");
+    }
+    // …and must not post, which it can without reading the answer.
+    if request.method() == Method::POST && request.headers().contains_key(ORIGIN) {
+        return problem(StatusCode::FORBIDDEN, "a page of a browser may not post a payload");
     }
     match (request.uri().path(), request.method()) {
         (CONFIG, &Method::GET | &Method::HEAD) => match waits(request.uri().query()) {

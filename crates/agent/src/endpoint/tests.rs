@@ -101,6 +101,23 @@ fn later(state: &Arc<AgentState>, caller: Caller, request: Request<Full<Bytes>>)
     tokio::spawn(async move { ask(&state, caller, request).await })
 }
 
+/// One that waits for the identity.
+fn service(name: &str, script: &str, ready_line: &str) -> Service {
+    Service {
+        name: name.into(),
+        command: ["/bin/sh", "-c", script].map(str::to_owned).into(),
+        ready_line: ready_line.into(),
+        timeout_ms: 20_000,
+        ..Service::default()
+    }
+}
+
+async fn warm(state: &Arc<AgentState>, service: Service) {
+    let supervisor = Arc::clone(state.supervisor());
+    let request = WarmRequest { services: vec![service], ..WarmRequest::default() };
+    tokio::task::spawn_blocking(move || supervisor.warm(request, |_| ()).unwrap()).await.unwrap();
+}
+
 /// Gives everybody else a turn, so that what is under way has come as far as it can.
 async fn settle() {
     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -204,10 +221,28 @@ async fn i14_where_nothing_is_posted_only_the_same_is_accepted() {
     become_fork(&state, &identity(ID, Some(Payload::new())));
     assert_eq!(ask(&state, Caller::Host, payload("{}")).await.0, 409);
     let state = agent(Some(proto::Delivery::Fork));
+    let again = Service {
+        start_in_template: true,
+        on_fork: OnFork::Restart.into(),
+        ..service("again", "echo begun; sleep 100", "begun")
+    };
+    warm(&state, again).await;
     assert_eq!(ask(&state, Caller::Host, payload("{}")).await.0, 409);
     become_fork(&state, &identity(ID, Some(acme())));
+    assert_eq!(begun(&state), 2, "in the template, and in the fork");
     assert_eq!(ask(&state, Caller::Host, payload("{}")).await.0, 409);
     assert_eq!(ask(&state, Caller::Host, payload(r#"{"tenant": "acme"}"#)).await.0, 204);
+    assert_eq!(begun(&state), 2, "what came with the fork is told once");
+}
+
+/// How often a service has said that it has begun.
+fn begun(state: &AgentState) -> usize {
+    let mut follower = state.supervisor().logs().follow();
+    let mut text = Vec::new();
+    while let Some((_, bytes)) = follower.take() {
+        text.extend(bytes);
+    }
+    String::from_utf8_lossy(&text).matches("begun").count()
 }
 
 #[tokio::test]
@@ -233,17 +268,7 @@ async fn i14_what_takes_too_long_is_504_and_the_same_again_joins_it() {
     assert_eq!(ask_within(&state, Caller::Host, payload("{}"), limit).await.0, 504, "no identity came");
 
     let state = agent(Some(proto::Delivery::Post));
-    let slow = Service {
-        name: "slow".into(),
-        command: ["/bin/sh", "-c", "sleep 1; echo ready as $TENANT; sleep 100"].map(str::to_owned).into(),
-        ready_line: "ready as acme".into(),
-        timeout_ms: 20_000,
-        on_fork: OnFork::Keep.into(),
-        ..Service::default()
-    };
-    let supervisor = Arc::clone(state.supervisor());
-    let request = WarmRequest { services: vec![slow], ..WarmRequest::default() };
-    tokio::task::spawn_blocking(move || supervisor.warm(request, |_| ()).unwrap()).await.unwrap();
+    warm(&state, service("slow", "sleep 1; echo ready as $TENANT; sleep 100", "ready as acme")).await;
     become_fork(&state, &identity(ID, None));
     let acme = r#"{"tenant": "acme"}"#;
     assert_eq!(ask_within(&state, Caller::Host, payload(acme), limit).await.0, 504);
@@ -255,16 +280,7 @@ async fn i14_what_takes_too_long_is_504_and_the_same_again_joins_it() {
 #[tokio::test]
 async fn i14_a_service_that_does_not_take_it_is_an_error_with_its_last_words() {
     let state = agent(Some(proto::Delivery::Post));
-    let broken = Service {
-        name: "broken".into(),
-        command: ["/bin/sh", "-c", "echo no such tenant; exit 3"].map(str::to_owned).into(),
-        ready_line: "never".into(),
-        timeout_ms: 20_000,
-        ..Service::default()
-    };
-    let supervisor = Arc::clone(state.supervisor());
-    let request = WarmRequest { services: vec![broken], ..WarmRequest::default() };
-    tokio::task::spawn_blocking(move || supervisor.warm(request, |_| ()).unwrap()).await.unwrap();
+    warm(&state, service("broken", "echo no such tenant; exit 3", "never")).await;
     become_fork(&state, &identity(ID, None));
     for _ in 0..2 {
         let (status, answer) = ask(&state, Caller::Host, payload(r#"{"tenant": "acme"}"#)).await;
@@ -285,8 +301,28 @@ async fn other_paths_methods_and_names_are_refused() {
     for (host, local) in
         [("localhost:9511", true), ("127.0.0.1", true), ("evil.example", false), ("localhost.evil:80", false)]
     {
-        let request = Request::get(CONFIG).header(HOST, host).body(Full::default()).unwrap();
-        assert_eq!(ask(&state, Caller::Workload, request).await.0, if local { 202 } else { 421 }, "{host}");
+        for caller in [Caller::Workload, Caller::Host] {
+            let request = Request::get(CONFIG).header(HOST, host).body(Full::default()).unwrap();
+            assert_eq!(ask(&state, caller, request).await.0, if local { 202 } else { 421 }, "{host} {caller:?}");
+        }
+    }
+    let odd = hyper::header::HeaderValue::from_bytes(b"\xff").unwrap();
+    let request = Request::get(CONFIG).header(HOST, odd).body(Full::default()).unwrap();
+    assert_eq!(ask(&state, Caller::Workload, request).await.0, 421);
+}
+
+#[tokio::test]
+async fn i14_a_page_of_a_browser_posts_nothing_and_its_browser_guesses_nothing() {
+    let state = agent(Some(proto::Delivery::Post));
+    become_fork(&state, &identity(ID, None));
+    for origin in ["null", "http://evil.example", "http://localhost:9000"] {
+        let mut request = payload(r#"{"tenant": "acme"}"#);
+        request.headers_mut().insert(ORIGIN, origin.parse().unwrap());
+        assert_eq!(ask(&state, Caller::Host, request).await.0, 403, "{origin}");
+    }
+    assert_eq!(config(&state).await.0, 202, "nothing was applied");
+    for answer in [empty(StatusCode::NO_CONTENT), problem(StatusCode::NOT_FOUND, ""), answer::waiting()] {
+        assert_eq!(answer.headers()["x-content-type-options"], "nosniff");
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
 
 use identity::{AckKey, Action, ClockNanos, Document, Step};
 
-use super::{Parts, Prepared, fork_marks::ForkMarks, identity_dir, kernel, network};
+use super::{Parts, Prepared, fork_marks::ForkMarks, identity_dir, network};
 use crate::state::{AgentState, Identity, Phase};
 
 /// What was done, in order.
@@ -146,7 +146,7 @@ fn take_on(
     log.step("boot-id", || parts.kernel.set_boot_id(&fork.boot_id))?;
     network::take_on(state, parts, blanks.resolv_conf(), document, key, log)?;
     let before = state.identity().map(|identity| identity.limits).unwrap_or_default();
-    log.step("limits", || kernel::set_limits(&parts.cgroup, before, document.limits))?;
+    log.step("limits", || parts.cgroup.set_limits(before, document.limits))?;
     log.step("identity-dir", || -> io::Result<_> {
         let payload = state.expected().and_then(|expected| expected.payload_of(&document.labels)).unwrap_or_default();
         let entries = identity_dir::plan(document, &payload);

@@ -4,7 +4,12 @@
 //! as zeros. A fork of the machine copies every process, and the kernel in it knows nothing of that. So the agent does what the kernel would: it looks
 //! for these pages while the workload is frozen for the capture, and wipes them in each fork before the thaw.
 
-use std::{fs, io, os::fd::OwnedFd, path::Path};
+use std::{
+    fs,
+    io::{self, BufRead, BufReader},
+    os::fd::OwnedFd,
+    path::Path,
+};
 
 use rustix::fs::{Mode, OFlags};
 
@@ -39,7 +44,8 @@ pub(super) fn find(group: &Path) -> Vec<ForkMarks> {
 
 impl ForkMarks {
     fn of(pid: u32) -> Option<Self> {
-        let places = places(&fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?);
+        let smaps = fs::File::open(format!("/proc/{pid}/smaps")).ok()?;
+        let places = places(BufReader::new(smaps)).ok()?;
         if places.is_empty() {
             return None;
         }
@@ -74,12 +80,16 @@ impl ForkMarks {
     }
 }
 
-/// The mappings with the flag `wf`, from the text of `/proc/PID/smaps`. Nothing in it is believed but numbers and flags: a file's name in it may
-/// be anything, but is behind them in its line, and no line of another kind begins with an address.
-fn places(smaps: &str) -> Vec<(u64, usize)> {
+/// The mappings with the flag `wf`, from the text of `/proc/PID/smaps`: one more than [`MAX_PLACES`] at most. Nothing in it is believed but numbers and
+/// flags: a file's name in it may be anything, but is behind them in its line, and no line of another kind begins with an address. It is read
+/// line by line: a process may have mappings for 100 MiB of it.
+fn places(mut smaps: impl BufRead) -> io::Result<Vec<(u64, usize)>> {
     let mut last = None;
     let mut found = Vec::new();
-    for line in smaps.lines() {
+    let mut bytes = Vec::new();
+    while found.len() <= MAX_PLACES && smaps.read_until(b'\n', &mut bytes)? > 0 {
+        let line = String::from_utf8_lossy(&bytes);
+        let line = line.trim_end_matches('\n');
         if let Some(flags) = line.strip_prefix("VmFlags:") {
             if flags.split_ascii_whitespace().any(|flag| flag == "wf") {
                 found.extend(last);
@@ -88,8 +98,9 @@ fn places(smaps: &str) -> Vec<(u64, usize)> {
         } else if let Some(mapping) = mapping(line) {
             last = Some(mapping);
         }
+        bytes.clear();
     }
-    found
+    Ok(found)
 }
 
 fn mapping(line: &str) -> Option<(u64, usize)> {
@@ -110,7 +121,19 @@ mod tests {
         let smaps = "7f00-8f00 rw-p 00000000 00:00 0 \nSize: 4 kB\nVmFlags: rd wr mr mw me ac wf sd \n\
             a000-b000 rw-p 00000000 00:00 0 wf\nVmFlags: rd wr mr mw me ac sd \nVmFlags: wf\nc000-d000 r--p 0 08:01 1 /x VmFlags: wf\nVmFlags: rd xwf\n\
             b-a rw-p\nVmFlags: wf\nffffffffffffffff-0 rw-p\nVmFlags: wf";
-        assert_eq!(places(smaps), [(0x7f00, 0x1000)]);
+        assert_eq!(places(smaps.as_bytes()).unwrap(), [(0x7f00, 0x1000)]);
+        // A name that is no text hides nothing.
+        let named = [b"1000-2000 rw-p 00000000 00:00 0 /\xff\n".as_slice(), smaps.as_bytes()].concat();
+        assert_eq!(places(&named[..]).unwrap(), [(0x7f00, 0x1000)]);
+    }
+
+    #[test]
+    fn of_a_process_with_too_many_mappings_no_more_is_read_than_shows_that() {
+        let mapping = b"7f00-8f00 rw-p 00000000 00:00 0 \nVmFlags: wf\n";
+        let without_end = std::iter::repeat_n(mapping, 100_000).flatten().copied().collect::<Vec<_>>();
+        let mut smaps = &without_end[..];
+        assert_eq!(places(&mut smaps).unwrap().len(), MAX_PLACES + 1);
+        assert!(smaps.len() > without_end.len() / 2);
     }
 
     #[test]

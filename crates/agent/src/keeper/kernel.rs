@@ -1,4 +1,4 @@
-//! What the kernel is told at resume: time, randomness, names, limits. Descriptors are opened before the capture.
+//! What the kernel is told at resume: time, randomness, names. Descriptors are opened before the capture.
 
 use std::{
     borrow::Cow,
@@ -6,14 +6,14 @@ use std::{
     os::fd::{AsRawFd, OwnedFd},
 };
 
-use identity::{ClockNanos, Limits};
+use identity::ClockNanos;
 use rustix::{
     fs::{Mode, OFlags},
     time::{ClockId, Timespec},
 };
 use zeroize::Zeroize;
 
-use crate::{boot::mounts, cgroup::Cgroup};
+use crate::boot::mounts;
 
 /// `RNDADDENTROPY` and `RNDRESEEDCRNG` of `linux/random.h`.
 const ADD_ENTROPY: libc::c_ulong = 0x4008_5203;
@@ -101,55 +101,9 @@ impl Kernel {
     }
 }
 
-/// Sets the workload's limits and reads each back. What the document does not limit is not limited: an earlier
-/// identity's limit does not stay.
-///
-/// # Errors
-/// If the kernel refuses a limit or shows another one.
-pub fn set_limits(cgroup: &Cgroup, before: Limits, limits: Limits) -> io::Result<Cow<'static, str>> {
-    if before == limits {
-        return Ok(if limits == Limits::default() { "none" } else { "kept" }.into());
-    }
-    for (file, before, value) in [
-        ("pids.max", before.pids.map(|n| n.to_string()), limits.pids.map(|n| n.to_string())),
-        ("memory.max", before.memory.map(pages), limits.memory.map(pages)),
-        ("cpu.max", before.cpu_millis.map(quota), limits.cpu_millis.map(quota)),
-    ] {
-        if before == value {
-            continue;
-        }
-        let none = if file == "cpu.max" { "max 100000" } else { "max" };
-        let value = value.as_deref().unwrap_or(none);
-        let refused = |error: io::Error| io::Error::new(error.kind(), format!("{file}: {error}"));
-        cgroup.write(file, value).map_err(refused)?;
-        let shown = cgroup.read(file).map_err(refused)?;
-        if shown != value {
-            return Err(io::Error::other(format!("{file} is {shown} after {value} was written")));
-        }
-    }
-    Ok("set".into())
-}
-
-/// The kernel counts memory in pages.
-fn pages(bytes: u64) -> String {
-    (bytes / 4096 * 4096).to_string()
-}
-
-/// Microseconds of CPU time in each period of 100 ms. The kernel's least quota is 1 ms.
-fn quota(millis: u64) -> String {
-    format!("{} 100000", millis.saturating_mul(100).max(1000))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn limits_are_given_in_the_kernels_units() {
-        assert_eq!(quota(500), "50000 100000");
-        assert_eq!(quota(1), "1000 100000");
-        assert_eq!(pages(4097), "4096");
-    }
 
     #[test]
     fn the_requests_are_those_of_the_kernels_header() {

@@ -327,7 +327,8 @@ fn freeze_and_arm(
     // A process that is being started now would freeze before its exec, and its starter would wait for it.
     state.workload().close();
     if state.freeze() == Freeze::On {
-        prepare::no_stragglers().map_err(step("looking for processes outside the workload's cgroup"))?;
+        prepare::no_stragglers(parts.cgroup.path())
+            .map_err(step("looking for processes outside the workload's cgroup"))?;
         parts.cgroup.freeze(deadline).map_err(step("freezing the workload"))?;
         state.supervisor().mark_frozen();
     }

@@ -1,6 +1,6 @@
 //! What is done before the capture so that the resume is short.
 
-use std::{fs, io, os::fd::OwnedFd};
+use std::{fs, io, os::fd::OwnedFd, path::Path};
 
 use super::{
     Parts, Prepared, apply, identity_dir,
@@ -137,9 +137,8 @@ pub(super) fn look_ahead(parts: &Parts, prepared: &mut Prepared) {
 }
 
 /// Only the agent and the kernel's own threads may be outside the workload's cgroup: anything else would not freeze.
-pub(super) fn no_stragglers() -> io::Result<()> {
-    let procs = fs::read_to_string(format!("{}/cgroup.procs", cgroup::MOUNT))?;
-    for pid in procs.lines().filter(|&pid| pid != "1") {
+pub(super) fn no_stragglers(workload: &Path) -> io::Result<()> {
+    for pid in outside(Path::new(cgroup::MOUNT), workload)?.into_iter().filter(|pid| pid != "1") {
         // A process that is gone meanwhile is no matter.
         let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
         if !is_kernel_thread(&stat) {
@@ -149,6 +148,30 @@ pub(super) fn no_stragglers() -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// The processes of the group `top`, and of those below it but `except`.
+fn outside(top: &Path, except: &Path) -> io::Result<Vec<String>> {
+    let mut processes = Vec::new();
+    let mut groups = vec![top.to_owned()];
+    while let Some(group) = groups.pop() {
+        let look = || Ok::<_, io::Error>((fs::read_to_string(group.join("cgroup.procs"))?, fs::read_dir(&group)?));
+        let (procs, below) = match look() {
+            Ok(seen) => seen,
+            // A group that was removed meanwhile had none.
+            Err(error) if group != top && error.raw_os_error().is_some_and(is_gone) => continue,
+            Err(error) => return Err(error),
+        };
+        processes.extend(procs.lines().map(ToOwned::to_owned));
+        let is_group = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
+        groups.extend(below.flatten().filter(is_group).map(|entry| entry.path()).filter(|path| path != except));
+    }
+    Ok(processes)
+}
+
+/// What the kernel answers for a group that is not there any more.
+fn is_gone(error: i32) -> bool {
+    matches!(error, libc::ENOENT | libc::ENODEV)
 }
 
 /// Whether a line of `/proc/PID/stat` is a kernel thread's, by its flags (field 9, `PF_KTHREAD`), and not a zombie's.
@@ -211,6 +234,26 @@ mod tests {
         assert_eq!(resume_mapping("7f00000000-7f00100000 rw-p 00000000 00:00 0"), None);
         assert_eq!(resume_mapping("7f00000000-7f00100000 rw-p 00000000 00:00 0 [stack]"), None);
         assert_eq!(resume_mapping("junk"), None);
+    }
+
+    #[test]
+    fn i1_processes_of_every_group_but_the_workloads_are_outside_of_it() {
+        let top = tempfile::tempdir().unwrap();
+        for (group, procs) in
+            [("", "1\n2\n"), ("hooks", ""), ("hooks/hook-a", "7\n"), ("workload", ""), ("workload/x", "9\n")]
+        {
+            let dir = top.path().join(group);
+            fs::create_dir_all(&dir).unwrap();
+            fs::write(dir.join("cgroup.procs"), procs).unwrap();
+        }
+        fs::write(top.path().join("cgroup.events"), "").unwrap();
+        let mut found = outside(top.path(), &top.path().join("workload")).unwrap();
+        found.sort();
+        assert_eq!(found, ["1", "2", "7"]);
+        // One that goes meanwhile.
+        fs::create_dir(top.path().join("going")).unwrap();
+        assert!(outside(top.path(), &top.path().join("workload")).is_ok());
+        assert!(outside(&top.path().join("going"), Path::new("/")).is_err(), "the top has to be there");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use identity::{Ack, AckKey, Action, Document, ForkId, MailboxName, Secret, Stage, Step};
+use identity::{Ack, AckKey, Action, Document, ForkId, Limits, MailboxName, Secret, Stage, Step};
 
 use super::{
     Parts,
@@ -24,7 +24,7 @@ use crate::{
     workload::{Among, Console, Program, Start},
 };
 
-/// How long the host may take to read an ack. Its own deadline is shorter.
+/// How long the host may take to read an ack: it waits for nothing else meanwhile.
 const ACK_DEADLINE: Duration = Duration::from_secs(30);
 
 /// What is taken for rest before a capture.
@@ -272,6 +272,7 @@ fn make_host_keys(state: &Arc<AgentState>) -> Result<std::borrow::Cow<'static, s
         console: Console::Pipes([None, None, None]),
         inherited: None,
         place: Among::Workload,
+        limits: Limits::default(),
     };
     let Ok(process) = state.workload().start(start) else { return Ok("removed".into()) };
     match process.wait_until(Instant::now() + HOST_KEYS_DEADLINE) {

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     io,
+    ops::Bound,
     os::fd::AsFd,
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -49,6 +50,8 @@ pub(crate) enum Filled {
 pub struct Follower<'a> {
     logs: &'a Logs,
     positions: BTreeMap<String, u64>,
+    /// Who was read last: the next one's turn is next, so that nobody who writes without end keeps the others from being read.
+    last: String,
     version: watch::Receiver<u64>,
 }
 
@@ -156,7 +159,7 @@ impl Logs {
     /// A reader of everything that is kept and of everything to come.
     #[must_use]
     pub fn follow(&self) -> Follower<'_> {
-        Follower { logs: self, positions: BTreeMap::new(), version: self.version.subscribe() }
+        Follower { logs: self, positions: BTreeMap::new(), last: String::new(), version: self.version.subscribe() }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Ring>> {
@@ -184,12 +187,15 @@ impl Follower<'_> {
         // Seen before it is read: a byte that comes in between wakes us once too often, never too rarely.
         self.version.borrow_and_update();
         let rings = self.logs.lock();
-        for (source, ring) in &*rings {
+        let last = self.last.as_str();
+        let after = rings.range::<str, _>((Bound::Excluded(last), Bound::Unbounded));
+        for (source, ring) in after.chain(rings.range::<str, _>((Bound::Unbounded, Bound::Included(last)))) {
             let position = self.positions.entry(source.clone()).or_default();
             let from = (*position).max(ring.start());
             let bytes: Vec<u8> = ring.from(from).take(CHUNK).collect();
             *position = from + bytes.len() as u64;
             if !bytes.is_empty() {
+                self.last.clone_from(source);
                 return Some((source.clone(), bytes));
             }
         }
@@ -230,6 +236,17 @@ mod tests {
         assert_eq!(all.len(), RING);
         assert!(all.ends_with(b"aatail\n"));
         assert_eq!(logs.tail("web", RING as u64), "tail");
+    }
+
+    #[test]
+    fn everybody_is_read_in_turn() {
+        let logs = Logs::new();
+        write(&logs, "loud", &[b'a'; 3 * CHUNK]);
+        write(&logs, "quiet", b"q");
+        write(&logs, "again", b"g");
+        let mut follower = logs.follow();
+        let turns: Vec<String> = std::iter::from_fn(|| follower.take()).map(|(source, _)| source).collect();
+        assert_eq!(turns, ["again", "loud", "quiet", "loud", "loud"]);
     }
 
     #[test]

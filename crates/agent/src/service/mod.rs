@@ -337,7 +337,11 @@ impl Supervisor {
         self.logs.forget_template();
         self.gate.new_identity();
         let mut after = AfterThaw::default();
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         let result = self.tell(identity, When::Thawed, &mut after);
+        // What has come with the fork may be posted too, and nobody is told twice then.
+        *told = (result.is_ok() && identity.payload.is_some()).then(|| identity.fork.id.clone());
+        drop(told);
         after.failure = result.err();
         if after.failure.is_some() || !after.announce {
             self.gate.open();

@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use identity::Limits;
 use rustix::process::Signal;
 
 use super::{
@@ -315,6 +316,7 @@ impl Runtime {
             console: Console::Pipes([Some(stdin), Some(stdout), Some(stderr)]),
             inherited: None,
             place: Among::Workload,
+            limits: Limits::default(),
         };
         let mut turn = self.lock();
         turn.life += 1;

@@ -2,7 +2,9 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+pub(crate) use guest_api::RUNTIME;
 use guest_api::proto;
+use identity::Limits;
 use rustix::process::Signal;
 use thiserror::Error;
 
@@ -30,6 +32,8 @@ pub(crate) struct Service {
     pub(crate) timeout: Duration,
     /// Whether a fork's ack waits until it is ready.
     pub(crate) awaited: bool,
+    /// What it and all that it starts may use together.
+    pub(crate) limits: Limits,
 }
 
 /// What a service that ran in the template needs in a fork.
@@ -141,13 +145,11 @@ impl Service {
             restart: restart(&service.restart, || what("restart"))?,
             timeout: timeout(service.timeout_ms, DEFAULT_TIMEOUT),
             awaited: !service.not_awaited,
+            limits: limits(service.limits.unwrap_or_default()),
             name,
         })
     }
 }
-
-/// The runtime's name among the sources of logs.
-pub(crate) const RUNTIME: &str = "runtime";
 
 impl Runtime {
     pub(crate) fn parse(runtime: proto::Runtime) -> Result<Self, SpecError> {
@@ -193,6 +195,12 @@ fn restart(text: &str, what: impl Fn() -> String) -> Result<Restart, SpecError> 
     }
 }
 
+/// 0 is none.
+fn limits(limits: proto::Limits) -> Limits {
+    let some = |number: u64| (number > 0).then_some(number);
+    Limits { pids: some(limits.pids), memory: some(limits.memory), cpu_millis: some(limits.cpu_millis) }
+}
+
 /// 0 is the default.
 pub(crate) fn timeout(ms: u32, default: Duration) -> Duration {
     if ms == 0 { default } else { Duration::from_millis(ms.into()).min(MAX_TIMEOUT) }
@@ -211,4 +219,17 @@ fn signal(name: &str) -> Option<Signal> {
         "WINCH" => Signal::WINCH,
         _ => return None,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_signal_that_a_recipe_may_name_is_known() {
+        for name in guest_api::SIGNALS {
+            assert!(signal(name).is_some(), "{name}");
+        }
+        assert_eq!(signal("PWR"), None);
+    }
 }

@@ -10,7 +10,7 @@ use std::{
 use guest_api::proto::{OnFork, Runtime, Service};
 use identity::{EnvName, ForkId, ForkIdentity, ForkName, Tag};
 
-use super::*;
+use super::{unit::NoLife, *};
 use crate::{
     payload::Expected,
     workload::{Start, StartError, Workload},
@@ -562,6 +562,22 @@ fn a_service_that_dies_is_started_again_as_its_recipe_says() {
 }
 
 #[test]
+fn a_service_that_was_ended_meanwhile_is_not_started_again() {
+    let (_host, supervisor) = supervisor();
+    let service = Service { restart: "always".into(), ..shell("web", "echo hello; exec sleep 100") };
+    supervisor.warm(WarmRequest { services: vec![service], ..WarmRequest::default() }, |_| ()).unwrap();
+    let unit = Arc::clone(&supervisor.parts().0[0]);
+    // Whoever minds its life, which is the second after the stop before the first start, has paused, and looked, and is about to start the next one.
+    unit.stop().unwrap();
+    assert!(matches!(unit.launch(Some(2)), Err(NoLife::Superseded)));
+    assert!(unit.signal(rustix::process::Signal::USR1).is_err(), "nothing runs");
+    let life = unit.launch(Some(3)).unwrap();
+    assert!(matches!(unit.launch(Some(3)), Err(NoLife::Superseded)));
+    drop(life);
+    unit.stop().unwrap();
+}
+
+#[test]
 fn f1_a_service_that_ends_while_it_warms_up_is_tried_again_as_its_recipe_says() {
     let dir = tempfile::tempdir().unwrap();
     let marks = dir.path().join("marks");
@@ -576,6 +592,17 @@ fn f1_a_service_that_ends_while_it_warms_up_is_tried_again_as_its_recipe_says() 
     };
     assert_eq!(warm("never"), (false, 1));
     assert_eq!(warm("on-failure"), (true, 3));
+}
+
+#[test]
+fn f9_a_service_whose_limit_can_not_be_given_is_not_run() {
+    let (_host, supervisor) = supervisor();
+    let limits = Some(guest_api::proto::Limits { pids: 8, ..guest_api::proto::Limits::default() });
+    let service = Service { limits, ..shell("web", "echo it runs; sleep 100") };
+    let error = supervisor.warm(WarmRequest { services: vec![service], ..WarmRequest::default() }, |_| ());
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("the limits of cgroup service-web could not be set"), "{error}");
+    assert_eq!(supervisor.logs().position("web"), 0);
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use identity::Limits;
 use rustix::process::Signal;
 
 use super::{
@@ -75,8 +76,18 @@ enum Status {
     Ended(String),
 }
 
+/// Why there is no new process.
+#[derive(Debug)]
+pub(super) enum NoLife {
+    /// Somebody else has started or ended the service meanwhile.
+    Superseded,
+    /// It could not be started, in this life.
+    Failed(u64, String),
+}
+
 /// A process that was started and its output.
-struct Life {
+#[derive(Debug)]
+pub(super) struct Life {
     number: u64,
     process: Arc<Process>,
     output: OwnedFd,
@@ -107,7 +118,10 @@ impl Unit {
 
     /// Starts it and, if it is `awaited`, waits until it is ready.
     pub(crate) fn start(&self, awaited: bool, deadline: Instant) -> Result<(), String> {
-        let life = self.launch()?;
+        let life = self.launch(None).map_err(|error| match error {
+            NoLife::Superseded => format!("service {} was started again meanwhile", self.spec.name),
+            NoLife::Failed(_, why) => why,
+        })?;
         let Some(this) = self.this.upgrade() else { return Err("the agent ends".into()) };
         let number = life.number;
         thread::Builder::new()
@@ -206,9 +220,13 @@ impl Unit {
         }
     }
 
-    fn launch(&self) -> Result<Life, String> {
+    /// Starts a process: for whoever minds the life `follows` only if that is still the last one.
+    pub(super) fn launch(&self, follows: Option<u64>) -> Result<Life, NoLife> {
         let name = &self.spec.name;
-        let failed = |error: &dyn std::fmt::Display| format!("service {name} could not be started: {error}");
+        let failed_in = |life: u64, error: &dyn std::fmt::Display| {
+            NoLife::Failed(life, format!("service {name} could not be started: {error}"))
+        };
+        let failed = |error: &dyn std::fmt::Display| failed_in(follows.unwrap_or_default(), error);
         let (output, theirs) = output_pipe().map_err(|error| failed(&error))?;
         let second = theirs.try_clone().map_err(|error| failed(&error))?;
         let mut env = environment(&*self.world, &self.spec.env);
@@ -228,10 +246,14 @@ impl Unit {
             console: Console::Pipes([None, Some(theirs), Some(second)]),
             inherited,
             place: Among::Workload,
+            limits: self.spec.limits,
         };
         let ours =
             ours.map(|ours| Ok((ours.try_clone()?, ours))).transpose().map_err(|error: io::Error| failed(&error))?;
         let mut state = self.lock();
+        if follows.is_some_and(|life| life != state.life) {
+            return Err(NoLife::Superseded);
+        }
         state.life += 1;
         state.status = Status::Starting;
         state.log_start = self.logs.position(name);
@@ -240,7 +262,7 @@ impl Unit {
             Err(error) => {
                 state.status = Status::Ended(format!("could not be started: {error}"));
                 self.changed.notify_all();
-                return Err(failed(&error));
+                return Err(failed_in(state.life, &error));
             }
         };
         state.process = Some(Arc::clone(&process));
@@ -256,7 +278,7 @@ impl Unit {
                 .name(format!("ask-{name}").chars().take(15).collect())
                 .stack_size(256 << 10)
                 .spawn(move || this.ask(number, &readiness))
-                .map_err(|error| failed(&error))?;
+                .map_err(|error| failed_in(number, &error))?;
         }
         Ok(Life { number, process, output })
     }
@@ -328,13 +350,14 @@ impl Unit {
                     return;
                 }
                 pause = next_pause(pause, begun.elapsed());
-                match self.launch() {
+                match self.launch(Some(life.number)) {
                     Ok(next) => {
                         life = next;
                         break;
                     }
-                    Err(error) => {
-                        life.number = self.lock().life;
+                    Err(NoLife::Superseded) => return,
+                    Err(NoLife::Failed(number, error)) => {
+                        life.number = number;
                         self.logs.note(&self.spec.name, &error);
                     }
                 }
@@ -412,6 +435,7 @@ impl Unit {
                 console: Console::Pipes([None, Some(theirs), Some(second)]),
                 inherited: None,
                 place,
+                limits: Limits::default(),
             })
             .map_err(|error| failed(&error))?;
         let ended = Pump::new(&self.logs, name, &output).until_exit(&process, Some(deadline), || ());
@@ -421,8 +445,12 @@ impl Unit {
             Ended::Deadline => Some("did not end in time".to_owned()),
         };
         // Also what it left in the background: a hook is not a service.
-        let _ = process.kill_tree();
+        let left = process.kill_tree();
         match problem {
+            // Beside the workload nothing would freeze it, or limit it.
+            None if place == Among::Hooks => {
+                left.map_err(|error| format!("what the hook of service {name} left behind could not be ended: {error}"))
+            }
             None => Ok(()),
             Some(how) => Err(format!("the hook of service {name} {how}{}", said(&self.logs.tail(name, log_start)))),
         }

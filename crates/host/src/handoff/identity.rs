@@ -8,6 +8,7 @@ use identity::{
     document::{ENTROPY_LEN, format_for},
 };
 use memory::Mailbox;
+use store::Manifest;
 
 use super::{Arrival, Draft, Handoff, Post};
 use crate::{
@@ -16,8 +17,14 @@ use crate::{
     request::{ForkRequest, RequestError},
 };
 
-/// Time for the identity's ack. Applying takes milliseconds; services that restart at a fork take what they take.
+/// Least time for the identity's ack, and that of templates which do not say more. Applying takes milliseconds; services that restart at a fork take
+/// what they take.
 pub const IDENTITY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Time for the identity's ack of a fork of this template.
+pub(crate) fn ack_limit(manifest: &Manifest) -> Duration {
+    Duration::from_millis(manifest.ack_limit_ms.into()).max(IDENTITY_TIMEOUT)
+}
 
 /// Everything that makes a fork itself, in one document.
 #[derive(Debug)]
@@ -25,13 +32,15 @@ pub(crate) struct IdentityHandoff<'a> {
     request: &'a ForkRequest,
     mailbox: &'a Mailbox,
     template: &'a Tag,
+    limit: Duration,
     identity: Option<ForkIdentity>,
     guest_steps: Vec<StepTime>,
 }
 
 impl<'a> IdentityHandoff<'a> {
-    pub(crate) fn new(request: &'a ForkRequest, mailbox: &'a Mailbox, template: &'a Tag) -> Self {
-        Self { request, mailbox, template, identity: None, guest_steps: Vec::new() }
+    pub(crate) fn new(request: &'a ForkRequest, mailbox: &'a Mailbox, template: &'a Manifest) -> Self {
+        let (template, limit) = (&template.tag, ack_limit(template));
+        Self { request, mailbox, template, limit, identity: None, guest_steps: Vec::new() }
     }
 
     /// Whether the document of the fork with the longest name fits the mailbox: found out before any work.
@@ -95,7 +104,7 @@ impl<'a> Handoff<'a> for IdentityHandoff<'a> {
     fn letters(&mut self, draft: &Draft, post: &mut Post<'a>) -> Result<(), ForkError> {
         let Some(identity) = self.identity.clone() else { return Ok(()) };
         let document = self.document(identity, &post.ack_key, draft.network.clone())?;
-        post.add(self.mailbox, document.to_bytes(), Some(IDENTITY_TIMEOUT));
+        post.add(self.mailbox, document.to_bytes(), Some(self.limit));
         Ok(())
     }
 

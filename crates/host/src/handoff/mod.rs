@@ -24,7 +24,10 @@ use ::identity::{AckKey, ForkId, ForkName, MailboxName, Network as Section, Secr
 use engine::{AckStream, Letter, NetworkEnd};
 use memory::Mailbox;
 
-pub(crate) use self::{identity::IDENTITY_TIMEOUT, identity::IdentityHandoff, mailboxes::MailboxesHandoff};
+pub(crate) use self::{
+    identity::{IDENTITY_TIMEOUT, IdentityHandoff, ack_limit},
+    mailboxes::MailboxesHandoff,
+};
 use crate::{acks::Waiter, fault, fork::ForkError, record::ForkRecord};
 
 /// A fork that is being made, as far as its handoffs have to know it.

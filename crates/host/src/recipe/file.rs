@@ -7,7 +7,8 @@ use toml::Spanned;
 
 use super::expected::IdentityToml;
 use super::values::{
-    Command, Env, FileMode, GuestPath, Name, Package, Seconds, Signal, Size, Suite, Text, User, Vcpus,
+    Command, Cpus, Env, FileMode, GuestPath, MemoryLimit, Name, Package, Pids, Seconds, Signal, Size, Suite, Text,
+    User, Vcpus,
 };
 
 #[derive(Debug, Deserialize)]
@@ -127,6 +128,15 @@ pub(super) struct ServiceToml {
     #[serde(default)]
     pub(super) restart: ServiceRestart,
     pub(super) timeout_s: Option<Seconds>,
+    pub(super) limits: Option<LimitsToml>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct LimitsToml {
+    pub(super) memory: Option<MemoryLimit>,
+    pub(super) pids: Option<Pids>,
+    pub(super) cpu: Option<Cpus>,
 }
 
 /// The line, counted from 1, on which a span begins.

@@ -72,6 +72,7 @@ signal = "HUP"
 ready_line = "listening"
 restart = "always"
 timeout_s = 9
+limits = { memory = "64M", pids = 50, cpu = 0.5 }
 [[services]]
 name = "late"
 command = ["/bin/l"]
@@ -98,9 +99,12 @@ hook = ["/bin/hook"]
     );
     let web = &warm.services[0];
     assert_eq!((web.on_fork(), web.signal.as_str(), web.user.as_str()), (proto::OnFork::Signal, "HUP", "1000:1000"));
+    assert_eq!(web.limits, Some(proto::Limits { memory: 64 << 20, pids: 50, cpu_millis: 500 }));
     assert!(web.start_in_template && !warm.services[1].start_in_template);
     assert_eq!(warm.services[2].hook, ["/bin/hook"]);
     assert_eq!(warm.timeout_ms, 10_000 + 7_000 + 9_000 + 60_000, "time for all that starts in the template");
+    assert_eq!(recipe.ack_limit_ms(), 30_000 + 3_000 + 9_000 + 60_000 + 60_000, "and for all that happens in a fork");
+    assert_eq!(load(GOOD).unwrap().ack_limit_ms(), 60_000, "where nothing does");
 }
 
 #[test]
@@ -124,9 +128,16 @@ fn mistakes_in_a_recipe_are_refused_with_their_line() {
         ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\non_fork = \"signal\"", "needs signal"),
         ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nsignal = \"HUP\"", "needs on_fork"),
         ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\non_fork = \"signal\"\nsignal = \"KILLALL\"", "one of HUP"),
+        ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\non_fork = \"signal\"\nsignal = \"PWR\"", "one of HUP"),
+        ("[[services]]\nname = \"runtime\"\ncommand = [\"/x\"]", "can not be called runtime"),
         ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\non_fork = \"hook\"", "needs hook"),
         ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nawaited = false", "no meaning"),
         ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nhook_when = \"before-thaw\"", "needs on_fork"),
+        ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nlimits = { memory = \"1K\" }", "from 1M"),
+        ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nlimits = { pids = 0 }", "from 1 to"),
+        ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nlimits = { cpu = 0.0 }", "from 0.01"),
+        ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nlimits = { cpu = nan }", "from 0.01"),
+        ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nlimits = { disk = 1 }", "unknown field"),
         ("[identity]\npayload = \"mail\"", "unknown variant"),
         ("[identity]\nport = 0", "1 to 65535"),
         ("[identity]\npayload = \"off\"\n[identity.fields]\na = \"A\"", "with a payload"),

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, fmt::Display};
 
+use guest_api::SIGNALS;
 use serde::{Deserialize, Deserializer, de};
 
 pub(super) const MAX_TEXT: usize = 4096;
@@ -48,11 +49,36 @@ checked!(Text: String => String, |text| {
 checked!(
     /// Bytes: a number with K, M or G.
     Size: String => u64, |text| {
-        parse_size(&text).ok_or_else(|| "a size is a number with K, M or G, from 64M to 1024G, for example \"512M\"".to_owned())
+        // What a guest can have.
+        parse_size(&text).filter(|bytes| bytes % 4096 == 0 && (64 << 20..=1024 << 30).contains(bytes))
+            .ok_or_else(|| "a size is a number with K, M or G, from 64M to 1024G, for example \"512M\"".to_owned())
     }
 );
 
-/// `512M` and the like, within what a guest can have.
+checked!(
+    /// Bytes, as for [`Size`].
+    MemoryLimit: String => u64, |text| {
+        parse_size(&text).filter(|bytes| (1 << 20..=1024 << 30).contains(bytes))
+            .ok_or_else(|| "a limit of memory is a number with K, M or G, from 1M to 1024G".to_owned())
+    }
+);
+
+checked!(Pids: i64 => u64, |number| {
+    match u64::try_from(number) {
+        Ok(count @ 1..=4_194_304) => Ok(count),
+        _ => Err("a limit of processes is from 1 to 4194304".to_owned()),
+    }
+});
+
+checked!(
+    /// CPUs, kept as thousandths.
+    Cpus: f64 => u64, |number| {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Within the range.
+        when((0.01..=1024.0).contains(&number), (number * 1000.0).round() as u64, "a limit of CPUs is from 0.01 to 1024")
+    }
+);
+
+/// `512M` and the like.
 fn parse_size(text: &str) -> Option<u64> {
     let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     let shift = match unit {
@@ -64,8 +90,7 @@ fn parse_size(text: &str) -> Option<u64> {
     if !number.bytes().all(|b| b.is_ascii_digit()) {
         return None;
     }
-    let bytes = number.parse::<u64>().ok()?.checked_mul(1 << shift)?;
-    (bytes % 4096 == 0 && (64 << 20..=1024 << 30).contains(&bytes)).then_some(bytes)
+    number.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
 checked!(Vcpus: i64 => u32, |number| {
@@ -166,7 +191,6 @@ checked!(
 checked!(
     /// A signal's name without SIG.
     Signal: String => String, |text| {
-        const KNOWN: [&str; 10] = ["HUP", "INT", "QUIT", "USR1", "USR2", "TERM", "CONT", "ALRM", "WINCH", "PWR"];
-        when(KNOWN.contains(&text.as_str()), text, format!("a signal is one of {}", KNOWN.join(", ")))
+        when(SIGNALS.contains(&text.as_str()), text, format!("a signal is one of {}", SIGNALS.join(", ")))
     }
 );
