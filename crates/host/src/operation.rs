@@ -80,9 +80,9 @@ impl Operation {
         record::write_json(&self.dir, JOURNAL, journal)
     }
 
-    /// Keeps what opens the fork's secrets, for as long as it is in standby.
+    /// Keeps what opens the fork's secrets, for as long as it is in standby. It is on disk afterwards.
     pub(crate) fn keep_unseal(&self, unseal: Option<&Secret>) -> io::Result<()> {
-        record::write_json(&self.dir, UNSEAL, &unseal)
+        record::write_json_flushed(&self.dir, UNSEAL, &unseal)
     }
 
     /// What was kept.

@@ -7,7 +7,8 @@
 //! <state>/names/<name>       a link to the id that has the name: made exclusively, so two forks never share one
 //! ```
 //!
-//! Nothing here is flushed to the disk: a host that loses its power loses its forks as well.
+//! Nothing here is flushed to the disk, but what a fork in standby needs ([`rewrite_flushed`]): a host that loses its power loses its forks that run
+//! as well.
 
 use std::{
     collections::BTreeMap,
@@ -307,6 +308,22 @@ pub(crate) fn rewrite(dir: &Path, record: &ForkRecord) -> io::Result<()> {
     write_json(dir, RECORD, record)
 }
 
+/// The same, and all that leads to the record is on disk afterwards: a fork in standby has nothing but that.
+///
+/// # Errors
+/// As [`rewrite`], or if it can not be flushed; then too the record is as it was `before`.
+pub(crate) fn rewrite_flushed(home: &Home, dir: &Path, before: &ForkRecord, record: &ForkRecord) -> io::Result<()> {
+    // Its directory and its name were made when it was, and not flushed.
+    for parent in [home.forks(), home.names()] {
+        File::open(parent)?.sync_all()?;
+    }
+    let _publishing = stop::publishing()?;
+    write_json_flushed(dir, RECORD, record).inspect_err(|_| {
+        // It may have its name already.
+        let _ = write_json(dir, RECORD, before);
+    })
+}
+
 /// Reads the record in a fork's directory.
 ///
 /// # Errors
@@ -484,7 +501,7 @@ pub(crate) fn write_json<T: Serialize>(dir: &Path, name: &str, value: &T) -> io:
     let temporary = dir.join(format!(".{name}.tmp"));
     let mut file = OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&temporary)?;
     file.write_all(&serde_json::to_vec_pretty(value)?)?;
-    fs::rename(temporary, dir.join(name))
+    Ok((file, temporary))
 }
 
 pub(crate) fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> io::Result<T> {
@@ -492,5 +509,18 @@ pub(crate) fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> io::Result
     if file.metadata()?.len() > MAX_RECORD {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "longer than any record"));
     }
+    let (_, temporary) = write_beside(dir, name, value)?;
+    fs::rename(temporary, dir.join(name))
+}
+
+/// The same; it is on disk afterwards, under its name.
+pub(crate) fn write_json_flushed<T: Serialize>(dir: &Path, name: &str, value: &T) -> io::Result<()> {
+    let (file, temporary) = write_beside(dir, name, value)?;
+    file.sync_all()?;
+    fs::rename(temporary, dir.join(name))?;
+    File::open(dir)?.sync_all()
+}
+
+fn write_beside<T: Serialize>(dir: &Path, name: &str, value: &T) -> io::Result<(File, PathBuf)> {
     serde_json::from_reader(io::BufReader::new(file)).map_err(Into::into)
 }

@@ -127,7 +127,7 @@ pub fn standby(home: &Home, store: &Store, fork: &ForkRecord) -> Result<Moved, S
         disk_bytes: disk_bytes(&snapshot::place(home, &record.id)),
         captured_micros: micros(captured.since()),
     });
-    record::rewrite(operation.dir(), &record).map_err(state("writing the fork's record"))?;
+    record::rewrite_flushed(home, operation.dir(), &running, &record).map_err(state("writing the fork's record"))?;
     // From here on it is in standby, whatever happens.
     published.keep();
     captured.never_mind();
