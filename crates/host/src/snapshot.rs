@@ -322,7 +322,8 @@ fn entries(home: &Home) -> io::Result<Vec<PathBuf>> {
 fn is_abandoned(dir: &Path) -> bool {
     match File::open(dir.join(LOCK)) {
         Ok(lock) => flock(&lock, FlockOperation::NonBlockingLockShared).is_ok(),
-        Err(_) => true,
+        // What can not be looked at may be somebody's.
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
     }
 }
 
