@@ -13,7 +13,10 @@ use std::{
 use offshoot_tests::{Bench, Daemon, Kind, bench::wait_until, daemon::ask, processes};
 use serde_json::{Value, json};
 
-use crate::recovery::{own_leftovers, points};
+use crate::{
+    recovery::{own_leftovers, points},
+    standby::on_disk,
+};
 
 /// Ids of the forks that the daemon knows, by state.
 fn states(daemon: &Daemon) -> BTreeMap<String, String> {
@@ -43,6 +46,20 @@ fn o2_forks_live_through_the_end_and_the_crash_of_the_daemon() {
     assert!(!processes::is_alive(pids[1]));
     assert!(daemon.end().success());
     assert!(processes::is_alive(pids[0]), "an orderly end of the daemon ends no fork");
+    // Nor does one of another version, which can not read what this one wrote.
+    let record = bench.state().join("forks").join(forks[0]["id"].as_str().unwrap()).join("fork.json");
+    let text = fs::read_to_string(&record).unwrap();
+    fs::write(&record, text.replacen("\"format\": 1", "\"format\": 99", 1)).unwrap();
+    let mut daemon = Daemon::start(&bench, &[]);
+    assert!(daemon.said().iter().any(|line| line.contains("1 left alone whose records can not be read")));
+    assert!(states(&daemon).is_empty() && processes::is_alive(pids[0]));
+    assert!(daemon.end().success());
+    let cleaned = bench.offshoot(&["cleanup", "--yes"]).ok().json();
+    assert_eq!((cleaned["unclear"].as_array().unwrap().len(), &cleaned["unclear"][0]["removed"]), (1, &json!(false)));
+    fs::write(&record, text).unwrap();
+    let daemon = Daemon::start(&bench, &[]);
+    assert_eq!(daemon.sh("f-1", "hostname"), "f-1");
+    drop(daemon);
     bench.end();
 }
 
@@ -129,23 +146,121 @@ fn o2_a_crash_at_any_step_of_a_fork_leaves_nothing_half_made_and_the_key_tells()
     bench.end();
 }
 
+/// What says who a fork is, and that it goes on.
+const WHO: &str = "hostname; cat /run/offshoot/id /etc/machine-id /proc/sys/kernel/random/boot_id /tmp/mine";
+
+#[test]
+fn o2_a_crash_at_any_step_of_standby_resume_or_a_fork_of_a_fork_is_mended_by_the_daemon_that_starts() {
+    let bench = Bench::new();
+    let template = bench.template(Kind::Busybox);
+    let neighbour = bench.fork_one(&template, &["--name", "neighbour"]);
+    let moved = bench.fork_one(&template, &["--name", "moved"]);
+    let _ = bench.sh(&moved, "echo kept > /tmp/mine");
+    let before = bench.sh(&moved, WHO);
+    let mut all: Vec<String> =
+        ["capture", "standby", "resume"].into_iter().flat_map(|of| points(of).into_keys()).collect();
+    all.push("fork.loaded".into());
+    assert!(all.len() >= 18, "{all:?}");
+    for point in all {
+        let mut daemon = Daemon::with_fault(&bench, &format!("{point}:kill"));
+        // Those after which the source goes on are of a fork of it.
+        let (path, body) = match point.as_str() {
+            "capture.told" | "capture.resumed" | "fork.loaded" => {
+                ("/v1/forks", json!({"from": "moved", "name": "child"}))
+            }
+            point if point.starts_with("resume.") => {
+                let _ = daemon.post("/v1/forks/moved/standby", &json!({})).expect(200);
+                ("/v1/forks/moved/resume", json!({}))
+            }
+            _ => ("/v1/forks/moved/standby", json!({})),
+        };
+        let head = ["Content-Type: application/json"];
+        let lost = ask(daemon.connect(), "POST", path, &head, body.to_string().as_bytes());
+        assert!(lost.is_err() || lost.is_ok_and(|answer| answer.body.is_empty()), "{point}: the daemon dies");
+        let _ = daemon.wait();
+
+        let again = Daemon::start(&bench, &[]);
+        // All is well before anybody asks for the fork.
+        assert_eq!(own_leftovers(&bench), Vec::<String>::new(), "{point}");
+        let stands_by = point == "standby.committed" || point.starts_with("resume.") && point != "resume.committed";
+        let state = if stands_by { "standby" } else { "running" };
+        let there = [(neighbour.id().to_owned(), "running".to_owned()), (moved.id().to_owned(), state.to_owned())];
+        assert_eq!(states(&again), there.into(), "{point}");
+        let machines = processes::inside(&bench.state().join("forks").join(moved.id()));
+        assert_eq!(machines.len(), usize::from(!stands_by), "{point}");
+        assert_eq!(on_disk(&bench, moved.id()).len(), usize::from(stands_by), "{point}");
+        if stands_by {
+            let _ = again.post("/v1/forks/moved/resume", &json!({})).expect(200);
+        }
+        assert_eq!(again.sh("moved", WHO), before, "{point}");
+        drop(again);
+    }
+    assert_eq!(bench.sh(&neighbour, "hostname"), "neighbour");
+    bench.end();
+}
+
+#[test]
+fn o2_a_crash_during_a_build_leaves_a_whole_template_or_none_and_the_job_says_that_it_was_interrupted() {
+    let bench = Bench::with_own_data();
+    let template = bench.template(Kind::Busybox);
+    let neighbour = bench.fork_one(&template, &["--name", "neighbour", "--network", "none"]);
+    // Before there is a machine; with all of one captured; with the template in its place.
+    for point in ["build.images", "build.captured", "build.committed"] {
+        assert!(points("build").contains_key(point), "{point}");
+        let mut daemon = Daemon::with_fault(&bench, &format!("{point}:kill"));
+        let build = json!({"recipe": "busybox", "tag": "killed", "memory_bytes": 128 << 20});
+        let job = daemon.post("/v1/templates", &build).expect(202).json();
+        let _ = daemon.wait();
+        let again = Daemon::start(&bench, &[]);
+        assert_eq!(own_leftovers(&bench), Vec::<String>::new(), "{point}");
+        let job = again.get(&format!("/v1/jobs/{}", job["id"].as_str().unwrap())).expect(200).json();
+        assert_eq!((&job["state"], &job["error"]["code"]), (&json!("failed"), &json!("interrupted")), "{point}");
+        if point == "build.committed" {
+            let made = again.fork(&json!({"template": "killed", "network": {"mode": "none"}}));
+            let _ = again.delete(&format!("/v1/forks/{}", made[0]["id"].as_str().unwrap())).expect(204);
+            let _ = again.delete("/v1/templates/killed").expect(204);
+        } else {
+            again.get("/v1/templates/killed").refused(404, "template_not_found");
+        }
+    }
+    assert_eq!(bench.sh(&neighbour, "hostname"), "neighbour");
+    bench.end();
+}
+
+/// What a reboot does to processes.
+fn end_machines(bench: &Bench) {
+    processes::inside(bench.state()).into_iter().for_each(processes::kill);
+    wait_until("the machines have ended", Duration::from_secs(30), || processes::inside(bench.state()).is_empty());
+}
+
 #[test]
 fn o2_after_a_reboot_there_are_no_forks_and_no_leftovers() {
     let bench = Bench::new();
     let template = bench.template(Kind::Busybox);
     let mut daemon = Daemon::start(&bench, &[]);
-    let forks = daemon.fork(&json!({"template": template.tag, "count": 2}));
+    let forks = daemon.fork(&json!({"template": template.tag, "count": 3, "name": "f"}));
+    let kept = forks[2]["id"].as_str().unwrap();
+    let _ = daemon.sh("f-3", "echo kept > /tmp/mine");
+    let before = daemon.sh("f-3", WHO);
+    let _ = daemon.post("/v1/forks/f-3/standby", &json!({})).expect(200);
     daemon.crash();
-    // What a reboot does: every process is gone, and so is the runtime directory.
-    for fork in &forks {
-        processes::kill(u32::try_from(fork["pid"].as_u64().unwrap()).unwrap());
-    }
-    wait_until("the machines have ended", Duration::from_secs(30), || processes::inside(bench.state()).is_empty());
+    end_machines(&bench);
+    // Where the state directory is on a disk, whoever is in standby lives through it.
+    let mut daemon = Daemon::start(&bench, &[]);
+    assert_eq!(states(&daemon), [(kept.to_owned(), "standby".to_owned())].into());
+    let _ = daemon.post("/v1/forks/f-3/resume", &json!({})).expect(200);
+    assert_eq!(daemon.sh("f-3", WHO), before);
+    let _ = daemon.post("/v1/forks/f-3/standby", &json!({})).expect(200);
+    assert_eq!(on_disk(&bench, kept), [kept]);
+    daemon.crash();
+    end_machines(&bench);
+    // Where it is in memory, nobody does.
     for entry in fs::read_dir(bench.state()).unwrap() {
         fs::remove_dir_all(entry.unwrap().path()).unwrap();
     }
     let daemon = Daemon::start(&bench, &[]);
     assert!(states(&daemon).is_empty());
+    assert_eq!(on_disk(&bench, kept), Vec::<String>::new());
     let made = daemon.fork(&json!({"template": template.tag, "count": 2}));
     assert_eq!(made.len(), 2);
     drop(daemon);
@@ -247,6 +362,25 @@ fn o2_random_kills_under_load_lose_nothing_and_leave_nothing() {
                         if let Some(answer) = asked.filter(|answer| answer.status == 200) {
                             assert_eq!(answer.json()["stdout"], format!("{name}\n"), "an answer is the fork's own");
                         }
+                        if client == 0 && round % 4 == 0 {
+                            // Whatever becomes of it, it is itself, and so is what is made of it.
+                            let _ = send("POST", &format!("/v1/forks/{name}/standby"), &json!({}));
+                            let _ = send("POST", &format!("/v1/forks/{name}/resume"), &json!({}));
+                            let child = format!("{name}-child");
+                            let _ = send("POST", "/v1/forks", &json!({"from": name, "name": child}));
+                            for fork in [&name, &child] {
+                                let argv = json!({"argv": ["hostname"]});
+                                let asked = send("POST", &format!("/v1/forks/{fork}/exec"), &argv);
+                                if let Some(answer) = asked.filter(|answer| answer.status == 200) {
+                                    assert_eq!(
+                                        answer.json()["stdout"],
+                                        format!("{fork}\n"),
+                                        "an answer is the fork's own"
+                                    );
+                                }
+                            }
+                            let _ = send("DELETE", &format!("/v1/forks/{child}"), &Value::Null);
+                        }
                         let _ = send("DELETE", &format!("/v1/forks/{name}"), &Value::Null);
                     }
                 }
@@ -279,7 +413,10 @@ fn o2_random_kills_under_load_lose_nothing_and_leave_nothing() {
     assert_eq!(own_leftovers(&bench), Vec::<String>::new());
     let there = states(&daemon);
     assert_eq!(there.get(keeper.id()).map(String::as_str), Some("running"), "what was not killed lives");
-    for id in there.keys() {
+    for (id, state) in &there {
+        if state == "standby" {
+            let _ = daemon.post(&format!("/v1/forks/{id}/resume"), &json!({})).expect(200);
+        }
         assert_eq!(daemon.sh(id, "echo $OFFSHOOT_ID"), *id);
     }
     // What is on disk and what runs is the same.

@@ -224,6 +224,24 @@ fn requests_that_can_not_be_met_leave_the_source_alone() {
     bench.offshoot(&["fork", "--from", "source-1", &template.tag]).exits(2).refused("argument_conflict");
     bench.offshoot(&["fork", "--from", "source-1", "--name", "source-2"]).exits(1).refused("name_conflict");
     bench.offshoot(&["fork", "--from", "source-1", "--mailbox", "none={}"]).exits(1).refused("mailbox_not_found");
+    // Whatever can be seen without its memory is seen before it is frozen: a command that got that far dies.
+    let large = format!("A={}", "a".repeat(100_000));
+    let many: Vec<String> = (0..17).flat_map(|number| ["--mailbox".to_owned(), format!("m{number}={{}}")]).collect();
+    let wrong: [(&[&str], &str); 6] = [
+        (&["--env", "LD_PRELOAD=/tmp/x.so"], "variable_not_allowed"),
+        (&["--env", &large], "identity_too_long"),
+        (&["--mailbox", "offshoot:identity={}"], "mailbox_reserved"),
+        (&["--mailbox", "m=[]"], "payload_not_an_object"),
+        (&["--mailbox", "m={}", "--ack-timeout-ms", "30001"], "out_of_range"),
+        (&many.iter().map(String::as_str).collect::<Vec<_>>(), "too_many_mailboxes"),
+    ];
+    let begin = |args: &[&str]| {
+        bench.offshoot_with_fault("capture.noted:kill", &[&["fork", "--from", "source-2"], args].concat())
+    };
+    for (args, code) in wrong {
+        let _ = begin(args).refused(code);
+    }
+    assert_eq!(begin(&["--mailbox", "none={}"]).code, None, "the check can fail");
     for fork in &forks {
         assert_eq!(bench.sh(fork, "hostname"), fork.name());
         assert_eq!(on_disk(&bench, fork.id()), Vec::<String>::new());

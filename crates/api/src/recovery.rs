@@ -15,12 +15,20 @@ pub(crate) struct Recovered {
     pub(crate) reaped: usize,
     /// What could not be removed.
     pub(crate) left: usize,
+    /// Forks whose records can not be read, and that may live.
+    pub(crate) unclear: usize,
 }
 
-/// Removes whatever is dead or half made, with everything it held. What lives, what is being made by somebody else, and what is not ours is not touched.
+/// Removes whatever is dead or half made, with everything it held. What lives or may live, what is being made by somebody else, and what is not ours is
+/// not touched.
 pub(crate) fn recover(home: &Home, store: &Store, hub: &Hub) -> std::io::Result<Recovered> {
     let mut recovered = Recovered::default();
-    for leftover in cleanup::plan(home, store)?.leftovers {
+    let plan = cleanup::plan(home, store)?;
+    for unclear in plan.unclear {
+        recovered.unclear += 1;
+        tracing::warn!(what = unclear.what, reason = unclear.reason, "left alone, it may live; see `offshoot cleanup`");
+    }
+    for leftover in plan.leftovers {
         match cleanup::carry_out(home, &leftover) {
             Ok(()) => {
                 recovered.reaped += 1;

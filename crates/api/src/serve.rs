@@ -226,7 +226,7 @@ pub async fn serve(config: Config, end: impl Future<Output = ()>, ready: impl Fn
     let unix = bind_unix(&config.socket, config.socket_mode)?;
     let seats = Arc::new(Semaphore::new(MOST_CONNECTIONS));
     ready(&format!(
-        "listening on {}{}; {} running, {} removed that a crash left behind{}",
+        "listening on {}{}; {} running, {} removed that a crash left behind{}{}",
         config.socket.display(),
         // Not what was asked for: port 0 is any that is free.
         tcp.as_ref()
@@ -235,6 +235,10 @@ pub async fn serve(config: Config, end: impl Future<Output = ()>, ready: impl Fn
         recovered.adopted,
         recovered.reaped,
         if recovered.left > 0 { format!(", {} could not be removed", recovered.left) } else { String::new() },
+        match recovered.unclear {
+            0 => String::new(),
+            count => format!(", {count} left alone whose records can not be read: see `offshoot cleanup`"),
+        },
     ));
     notify("READY=1");
 

@@ -607,11 +607,16 @@ pub struct Pool {
 
 /// `cleanup`
 #[derive(Debug, Args)]
-#[command(after_help = "Nothing that lives and nothing that offshoot did not make is ever touched.")]
+#[command(
+    after_help = "Nothing that offshoot did not make is ever touched; nothing that lives is, or may live, without --force."
+)]
 pub struct Cleanup {
     /// Remove what was found; without it, only say what would be removed
     #[arg(long)]
     pub yes: bool,
+    /// End and remove as well what may live: forks whose records can not be read, or are another version's
+    #[arg(long, requires = "yes")]
+    pub force: bool,
 }
 
 /// `serve`

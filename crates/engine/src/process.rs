@@ -43,11 +43,26 @@ impl ProcessRef {
         Self::of(std::process::id())
     }
 
-    /// Whether it is still there and no zombie.
+    /// Whether it is still there and no zombie. If that can not be found out it counts as alive: nobody is to be taken for dead, and
+    /// reaped with all he has, because whoever looks has no descriptor left to look with.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        boot_id().is_ok_and(|id| id == self.boot_id)
-            && stat(self.pid).is_ok_and(|(state, start)| start == self.start_time && state != 'Z' && state != 'X')
+        self.look().unwrap_or(true)
+    }
+
+    /// Whether it is still there and no zombie.
+    ///
+    /// # Errors
+    /// If `/proc` can not be read, for another reason than that the process is gone.
+    pub fn look(&self) -> io::Result<bool> {
+        if boot_id()? != self.boot_id {
+            return Ok(false);
+        }
+        match stat(self.pid) {
+            Ok((state, start)) => Ok(start == self.start_time && state != 'Z' && state != 'X'),
+            Err(error) if is_gone(&error) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// A descriptor of the process; `None` if it is gone.
@@ -62,7 +77,7 @@ impl ProcessRef {
             Err(error) => return Err(error.into()),
         };
         // The descriptor holds the pid now; if the start time still matches, it is the one we mean.
-        Ok(self.is_alive().then_some(fd))
+        Ok(self.look()?.then_some(fd))
     }
 
     /// Kills it and waits until it is gone. Nothing happens if it is gone already or the pid is another process'.
@@ -113,6 +128,14 @@ pub fn wait_gone(pidfd: &OwnedFd, limit: Duration) -> io::Result<bool> {
     }
 }
 
+/// Whether a file of `/proc/PID` could not be opened, or not be read, because there is no such process.
+#[must_use]
+pub fn is_gone(error: &io::Error) -> bool {
+    [rustix::io::Errno::NOENT, rustix::io::Errno::SRCH]
+        .map(|errno| Some(errno.raw_os_error()))
+        .contains(&error.raw_os_error())
+}
+
 fn boot_id() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
@@ -136,7 +159,7 @@ fn stat(pid: u32) -> io::Result<(char, u64)> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::process::Command;
+    use std::process::{Command, Stdio};
 
     use super::*;
 
@@ -162,6 +185,38 @@ mod tests {
         let mut rebooted = ProcessRef::myself().unwrap();
         rebooted.boot_id = "another".into();
         assert!(!rebooted.is_alive());
+    }
+
+    /// Says that it is started by [`o2_a_process_that_can_not_be_looked_at_is_not_dead`].
+    const ALONE: &str = "OFFSHOOT_TEST_ALONE";
+
+    #[test]
+    fn o2_a_process_that_can_not_be_looked_at_is_not_dead() {
+        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+        if std::env::var_os(ALONE).is_none() {
+            // In a process of its own: other tests open files.
+            let test = "process::tests::o2_a_process_that_can_not_be_looked_at_is_not_dead";
+            let mut alone = Command::new(std::env::current_exe().unwrap());
+            let ran = alone.args(["--exact", test]).env(ALONE, "1").output().unwrap();
+            assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stdout));
+            return;
+        }
+        // It is not to hold the pipe that this process is read from, should this fail.
+        let mut neighbour =
+            Command::new("sleep").arg("1000").stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let (lives, mut gone) = (ProcessRef::of(neighbour.id()).unwrap(), ProcessRef::myself().unwrap());
+        gone.start_time += 1;
+        let limit = getrlimit(Resource::Nofile);
+        setrlimit(Resource::Nofile, Rlimit { current: Some(0), maximum: limit.maximum }).unwrap();
+        let seen = (lives.is_alive(), gone.is_alive(), lives.look().is_err(), lives.pidfd().is_err());
+        let killed = lives.kill(Duration::from_secs(1));
+        setrlimit(Resource::Nofile, limit).unwrap();
+        assert_eq!(seen, (true, true, true, true));
+        assert!(killed.is_err(), "it was not ended, and that is said");
+        assert!(lives.is_alive() && !gone.is_alive());
+        lives.kill(Duration::from_secs(5)).unwrap();
+        neighbour.wait().unwrap();
+        assert!(!lives.look().unwrap(), "there is no such process");
     }
 
     #[test]

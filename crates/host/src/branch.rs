@@ -47,7 +47,8 @@ pub struct Pause {
 ///
 /// # Errors
 /// The number of the request (from 0) with which something is wrong, and what; for what concerns the source it is 0. No fork was made then,
-/// and the source is as it was. That a request names a mailbox which the source does not have is found out only once it was captured.
+/// and the source is as it was. Only what is wrong with a mailbox of the source's (that it has none of this name, another token, less room) is found
+/// out once it was captured; everything else before it is touched.
 pub fn fork_from(
     home: &Home,
     store: &Store,
@@ -59,7 +60,7 @@ pub fn fork_from(
     let record = source::record_of(home, source).map_err(first)?;
     let (template, engine) = source::base(store, &record).map_err(first)?;
     for (number, request) in requests.iter().enumerate() {
-        fork::check_early(home, &template, request).map_err(|error| (number, error))?;
+        fork::check_early(home, engine.as_ref(), &template, request).map_err(|error| (number, error))?;
     }
     let (draft, snapshot, pause);
     if record.standby.is_some() {

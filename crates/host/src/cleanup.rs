@@ -65,6 +65,9 @@ pub struct Plan {
     pub leftovers: Vec<Leftover>,
     /// What is being made right now, and is left alone.
     pub being_made: Vec<PathBuf>,
+    /// Forks that may well live, or be in standby, but whose records can not be read: an input error, or another version's. They are left alone
+    /// by everybody who was not told explicitly to end them.
+    pub unclear: Vec<Leftover>,
     /// What is not ours, and is left alone.
     pub foreign: Vec<PathBuf>,
 }
@@ -126,11 +129,25 @@ pub fn plan(home: &Home, store: &Store) -> io::Result<Plan> {
             }
             Entry::Leftover { dir, id, process, reason } => {
                 known.push(id.clone());
-                let mut processes = holders(&dir)?;
+                let Some(mut processes) = holders(&dir)? else { continue };
                 processes.extend(process.filter(|process| process.is_alive() && !processes.contains(process)));
                 plan.leftovers.push(Leftover {
                     what: format!("half-made fork {id} ({} processes)", processes.len()),
                     reason,
+                    path: dir,
+                    action: Action::HalfMade { id, processes },
+                });
+            }
+            Entry::Unreadable { dir, id, error } => {
+                known.push(id.clone());
+                let Some(processes) = holders(&dir)? else { continue };
+                // Without a record nobody could bring it back any more.
+                let stands_by = error.kind() != io::ErrorKind::NotFound && snapshot::place(home, &id).exists();
+                let may_live = stands_by || !processes.is_empty();
+                let kept = if may_live { &mut plan.unclear } else { &mut plan.leftovers };
+                kept.push(Leftover {
+                    what: format!("fork {id} ({} processes)", processes.len()),
+                    reason: format!("its record can not be read: {error}"),
                     path: dir,
                     action: Action::HalfMade { id, processes },
                 });
@@ -168,7 +185,7 @@ pub fn plan(home: &Home, store: &Store) -> io::Result<Plan> {
     let is_wanted = |id: &ForkId| match record::read(&home.forks().join(id.as_str())) {
         // Its own operation removes it.
         Ok(record) => record.standby.is_some() || operation::is_under_way(&forks::dir(home, &record)),
-        Err(_) => false,
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
     };
     for path in snapshot::leftovers(home, is_wanted)? {
         plan.leftovers.push(Leftover {
@@ -240,7 +257,7 @@ pub fn carry_out(home: &Home, leftover: &Leftover) -> io::Result<()> {
             None => Ok(()),
         },
         Action::Template => {
-            for process in holders(&leftover.path)? {
+            for process in holders(&leftover.path)?.unwrap_or_default() {
                 process.kill(Duration::from_secs(20))?;
             }
             fs::remove_dir_all(&leftover.path)
@@ -276,21 +293,66 @@ fn links(home: &Home, known: &[ForkId]) -> io::Result<Vec<Leftover>> {
     Ok(left.into_iter().map(leftover).collect())
 }
 
-/// Processes of engines whose working directory is `dir` or below, or which hold a file there.
-fn holders(dir: &Path) -> io::Result<Vec<ProcessRef>> {
-    let dir = dir.canonicalize()?;
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/proc")?.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-        // A shell whose user went there is not ours; an engine is.
-        if pid == std::process::id() || !machines::is_machine(pid) {
-            continue;
-        }
-        if machines::places(pid).any(|place| place.starts_with(&dir))
-            && let Ok(process) = ProcessRef::of(pid)
-        {
-            found.push(process);
-        }
+/// The machines that work for `dir`; `None` if it is gone by now.
+fn holders(dir: &Path) -> io::Result<Option<Vec<ProcessRef>>> {
+    match machines::holders(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        found => found.map(Some),
     }
-    Ok(found)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+    use crate::rig::{self, Machine};
+
+    #[test]
+    fn o2_a_fork_whose_record_can_not_be_read_is_ended_by_nobody_who_was_not_told_to() {
+        let place = tempfile::tempdir().unwrap();
+        let home = Home::below(place.path()).make().unwrap();
+        let store = Store::open(&home.data).unwrap();
+        // Runs, of another format; runs, without a record; in standby, unreadable; nothing but a directory; being made, as far as can be seen.
+        let [newer, lost, still, empty, made] = ['a', 'b', 'c', 'd', 'e'].map(rig::id);
+        let (running, bare) = (Machine::of_fork(&home, &newer), Machine::of_fork(&home, &lost));
+        let mut record = rig::record(&newer, &running.process);
+        record.format += 1;
+        let dir = |id: &ForkId| home.forks().join(id.as_str());
+        record::write_json(&dir(&newer), record::RECORD, &record).unwrap();
+        symlink(newer.as_str(), home.names().join("newer")).unwrap();
+        for id in [&still, &empty] {
+            fs::create_dir(dir(id)).unwrap();
+            fs::write(dir(id).join(record::RECORD), "{").unwrap();
+        }
+        snapshot::Draft::begin(&home, &still).unwrap().publish(&home).unwrap().keep();
+        let making = home.forks().join(format!(".new-{made}"));
+        fs::create_dir(&making).unwrap();
+        symlink("lock", making.join("lock")).unwrap();
+
+        let found = plan(&home, &store).unwrap();
+        let own = |found: &[Leftover]| -> Vec<PathBuf> {
+            let paths = found.iter().map(|leftover| leftover.path.clone());
+            paths.filter(|path| path.starts_with(place.path())).collect()
+        };
+        assert_eq!(own(&found.leftovers), [dir(&empty)]);
+        assert_eq!(own(&found.unclear), [dir(&newer), dir(&lost), dir(&still)]);
+        assert_eq!(found.being_made, [making]);
+        let here = |leftover: &&Leftover| leftover.path.starts_with(place.path());
+        for leftover in found.leftovers.iter().filter(here) {
+            carry_out(&home, leftover).unwrap();
+        }
+        assert!(running.process.is_alive() && bare.process.is_alive() && !dir(&empty).exists());
+        assert!(home.names().join("newer").is_symlink() && snapshot::place(&home, &still).exists());
+
+        // Told to.
+        for leftover in found.unclear.iter().filter(here) {
+            carry_out(&home, leftover).unwrap();
+        }
+        assert!(!running.process.is_alive() && !bare.process.is_alive());
+        let found = plan(&home, &store).unwrap();
+        assert_eq!(own(&found.leftovers), [snapshot::place(&home, &still)]);
+        assert_eq!((own(&found.unclear), record::names(&home).unwrap().len()), (Vec::new(), 0));
+    }
 }

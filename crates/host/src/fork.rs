@@ -188,11 +188,36 @@ impl From<SourceError> for ForkError {
     }
 }
 
-/// Refuses what can be refused before it is known which mailboxes there are.
-pub(crate) fn check_early(home: &Home, template: &Template, request: &ForkRequest) -> Result<(), ForkError> {
-    request.check_form()?;
-    Connection::of(home, template.manifest(), &request.network, request.count)?;
-    Ok(())
+fn check_engine(engine: &dyn Engine, template: &Template) -> Result<(), ForkError> {
+    if !engine.capabilities().patch_memory {
+        return Err(ForkError::NotSupported { engine: engine.info().name });
+    }
+    check_compatible(engine, template)
+}
+
+/// Refuses what can be refused before it is known which mailboxes there are: all but what depends on a caller's mailbox itself. A fork's own
+/// mailbox is its template's, as is its size.
+pub(crate) fn check_early(
+    home: &Home,
+    engine: &dyn Engine,
+    template: &Template,
+    request: &ForkRequest,
+) -> Result<(), ForkError> {
+    let manifest = template.manifest();
+    check_engine(engine, template)?;
+    request.check_early(manifest)?;
+    let connection = Connection::of(home, manifest, &request.network, request.count)?;
+    let identity = IdentityHandoff::new(request, own_mailbox(manifest)?, &manifest.tag);
+    identity.check_size(connection.largest_section()?)
+}
+
+fn own_mailbox(manifest: &Manifest) -> Result<&Mailbox, ForkError> {
+    let own = MailboxName::identity();
+    manifest.mailboxes.iter().find(|mailbox| mailbox.name == own).ok_or_else(|| no_identity(manifest))
+}
+
+fn no_identity(manifest: &Manifest) -> ForkError {
+    ForkError::Incompatible { tag: manifest.tag.clone(), reason: "it has no identity mailbox".into() }
 }
 
 /// What forks are connected to.
@@ -252,6 +277,15 @@ impl Connection {
 
     fn tap(&self) -> Option<&Network> {
         if let Self::Tap(network) = self { Some(network) } else { None }
+    }
+
+    /// A network section as long as any that these forks may be given.
+    fn largest_section(&self) -> Result<Option<Section>, ForkError> {
+        if self.mode() == Mode::None {
+            return Ok(None);
+        }
+        let host: IpAddr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into();
+        Ok(Some(tap_section(&Pool::default().largest(), &[host; MAX_DNS])?))
     }
 }
 
@@ -324,18 +358,12 @@ impl<'a> Plan<'a> {
         request: &'a ForkRequest,
     ) -> Result<Self, ForkError> {
         let manifest = origin.manifest;
-        if !engine.capabilities().patch_memory {
-            return Err(ForkError::NotSupported { engine: engine.info().name });
-        }
-        check_compatible(engine, origin.template)?;
+        check_engine(engine, origin.template)?;
         let letters = request.check(manifest)?;
-        let identity =
-            manifest.mailboxes.iter().find(|mailbox| mailbox.name.as_str() == MailboxName::IDENTITY).ok_or_else(
-                || ForkError::Incompatible { tag: manifest.tag.clone(), reason: "it has no identity mailbox".into() },
-            )?;
+        let identity = own_mailbox(manifest)?;
         let connection = Connection::of(home, manifest, &request.network, request.count)?;
         let plan = Self { home, engine, origin, request, identity, letters, connection };
-        plan.identity_handoff().check_size(plan.largest_section()?)?;
+        plan.identity_handoff().check_size(plan.connection.largest_section()?)?;
         Ok(plan)
     }
 
@@ -499,18 +527,8 @@ impl<'a> Plan<'a> {
         Ok(paused)
     }
 
-    /// A network section as long as any that these forks may be given.
-    fn largest_section(&self) -> Result<Option<Section>, ForkError> {
-        if self.connection.mode() == Mode::None {
-            return Ok(None);
-        }
-        let host: IpAddr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into();
-        Ok(Some(tap_section(&Pool::default().largest(), &[host; MAX_DNS])?))
-    }
-
     fn no_identity(&self) -> ForkError {
-        let tag = self.origin.manifest.tag.clone();
-        ForkError::Incompatible { tag, reason: "it has no identity mailbox".into() }
+        no_identity(self.origin.manifest)
     }
 
     /// A machine from the template's pool. Limits of the host are taken on when a machine starts, so a fork that is to have

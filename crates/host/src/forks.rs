@@ -144,8 +144,10 @@ pub fn kill(home: &Home, record: &ForkRecord) -> Result<(), ForksError> {
     if operation.is_none() {
         operation = lock(true)?;
     }
-    let _operation = operation;
     machines().iter().try_for_each(kill)?;
+    if let Some(operation) = &operation {
+        operation.unnoted().map_err(state("looking for the fork's machines"))?.iter().try_for_each(kill)?;
+    }
     let now = record::read(&own).unwrap_or_else(|_| record.clone());
     let record = &now;
     limits::remove(&record.cgroups, &record.id).map_err(state("removing the fork's control groups"))?;

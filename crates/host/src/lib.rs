@@ -32,6 +32,8 @@ pub mod recipe;
 pub mod record;
 pub mod rehearsal;
 pub mod request;
+#[cfg(test)]
+mod rig;
 pub mod snapshot;
 pub mod source;
 pub mod standby;

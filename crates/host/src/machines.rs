@@ -4,14 +4,49 @@
 //! system, so that its working directory says nothing; but its log, which it holds open, lies in that directory.
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
+use engine::{ProcessRef, process::is_gone};
+
 /// Whether a process' program is an engine's.
 pub(crate) fn is_machine(pid: u32) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/comm"))
-        .is_ok_and(|name| name.starts_with("qemu-system") || name.trim_end() == engine::kvm::PROGRAM)
+    runs_machine(pid).unwrap_or(false)
+}
+
+fn runs_machine(pid: u32) -> io::Result<bool> {
+    let name = fs::read_to_string(format!("/proc/{pid}/comm"))?;
+    Ok(name.starts_with("qemu-system") || name.trim_end() == engine::kvm::PROGRAM)
+}
+
+/// The machines' processes that work for `dir`: that work in it or below, or hold a file there.
+///
+/// # Errors
+/// If a process can not be looked at, but for one that has gone or is somebody else's: one that is overlooked would be one that is left.
+pub(crate) fn holders(dir: &Path) -> io::Result<Vec<ProcessRef>> {
+    let dir = dir.canonicalize()?;
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        match holds(pid, &dir) {
+            Ok(Some(process)) => found.push(process),
+            Ok(None) => {}
+            Err(error) if is_gone(&error) || error.kind() == io::ErrorKind::PermissionDenied => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(found)
+}
+
+/// A shell whose user went there is not ours; an engine is.
+fn holds(pid: u32, dir: &Path) -> io::Result<Option<ProcessRef>> {
+    if pid == std::process::id() || !runs_machine(pid)? {
+        return Ok(None);
+    }
+    // Whether it can be looked at at all, before it counts as holding nothing.
+    drop(fs::read_dir(format!("/proc/{pid}/fd"))?);
+    if places(pid).any(|place| place.starts_with(dir)) { ProcessRef::of(pid).map(Some) } else { Ok(None) }
 }
 
 /// What a process works in and holds open, as far as we may see it.

@@ -13,11 +13,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use engine::ProcessRef;
 use identity::{AckKey, Secret, mailbox::Nonce};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
-use crate::record;
+use crate::{machines, record};
 
 const LOCK: &str = "operation.lock";
 const JOURNAL: &str = "operation.json";
@@ -80,9 +81,9 @@ impl Operation {
         record::write_json(&self.dir, JOURNAL, journal)
     }
 
-    /// Keeps what opens the fork's secrets, for as long as it is in standby.
+    /// Keeps what opens the fork's secrets, for as long as it is in standby. It is on disk afterwards.
     pub(crate) fn keep_unseal(&self, unseal: Option<&Secret>) -> io::Result<()> {
-        record::write_json(&self.dir, UNSEAL, &unseal)
+        record::write_json_flushed(&self.dir, UNSEAL, &unseal)
     }
 
     /// What was kept.
@@ -104,6 +105,14 @@ impl Operation {
             Ok(journal) => Ok(Some(journal)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
+        }
+    }
+
+    /// Machines of the fork that nobody has noted: whoever resumes it has started one before he can note it, and may die in between.
+    pub(crate) fn unnoted(&self) -> io::Result<Vec<ProcessRef>> {
+        match self.journal() {
+            Ok(None | Some(Journal { kind: Kind::Capture, .. })) => Ok(Vec::new()),
+            Ok(Some(Journal { kind: Kind::Resume, .. })) | Err(_) => machines::holders(&self.dir),
         }
     }
 

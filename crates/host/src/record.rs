@@ -7,7 +7,8 @@
 //! <state>/names/<name>       a link to the id that has the name: made exclusively, so two forks never share one
 //! ```
 //!
-//! Nothing here is flushed to the disk: a host that loses its power loses its forks as well.
+//! Nothing here is flushed to the disk, but what a fork in standby needs ([`rewrite_flushed`]): a host that loses its power loses its forks that run
+//! as well.
 
 use std::{
     collections::BTreeMap,
@@ -307,6 +308,22 @@ pub(crate) fn rewrite(dir: &Path, record: &ForkRecord) -> io::Result<()> {
     write_json(dir, RECORD, record)
 }
 
+/// The same, and all that leads to the record is on disk afterwards: a fork in standby has nothing but that.
+///
+/// # Errors
+/// As [`rewrite`], or if it can not be flushed; then too the record is as it was `before`.
+pub(crate) fn rewrite_flushed(home: &Home, dir: &Path, before: &ForkRecord, record: &ForkRecord) -> io::Result<()> {
+    // Its directory and its name were made when it was, and not flushed.
+    for parent in [home.forks(), home.names()] {
+        File::open(parent)?.sync_all()?;
+    }
+    let _publishing = stop::publishing()?;
+    write_json_flushed(dir, RECORD, record).inspect_err(|_| {
+        // It may have its name already.
+        let _ = write_json(dir, RECORD, before);
+    })
+}
+
 /// Reads the record in a fork's directory.
 ///
 /// # Errors
@@ -331,7 +348,7 @@ pub enum Entry {
     },
     /// Being made by a living process.
     BeingMade(PathBuf),
-    /// Left behind: never finished, or unreadable.
+    /// Left behind: never finished, or a spare that can not be read.
     Leftover {
         /// The directory.
         dir: PathBuf,
@@ -341,6 +358,15 @@ pub enum Entry {
         process: Option<ProcessRef>,
         /// Why it is no fork.
         reason: String,
+    },
+    /// A fork, as it seems, whose record can not be read, or is another version's. It may well live, or be in standby.
+    Unreadable {
+        /// The directory.
+        dir: PathBuf,
+        /// Its id.
+        id: ForkId,
+        /// Why its record can not be read.
+        error: io::Error,
     },
     /// Not offshoot's: never touched.
     Foreign(PathBuf),
@@ -394,7 +420,9 @@ fn entry(home: &Home, name: &str) -> Option<Entry> {
         let lock = match File::open(dir.join(LOCK)) {
             Ok(lock) => Some(lock),
             Err(_) if !dir.exists() => return None,
-            Err(_) => None,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            // Whether somebody holds it is not known: he is left alone.
+            Err(_) => return Some(Entry::BeingMade(dir)),
         };
         if lock.as_ref().is_some_and(|lock| flock(lock, FlockOperation::NonBlockingLockShared).is_err()) {
             return Some(Entry::BeingMade(dir));
@@ -408,12 +436,11 @@ fn entry(home: &Home, name: &str) -> Option<Entry> {
     match read_json::<ForkRecord>(&dir.join(RECORD)) {
         Ok(record) if record.id == id && record.format == ForkRecord::FORMAT => Some(Entry::Fork(Box::new(record))),
         Ok(_) => {
-            Some(Entry::Leftover { dir, id, process: None, reason: "its record is another fork's or format's".into() })
+            let error = io::Error::new(io::ErrorKind::InvalidData, "it is another fork's or format's");
+            Some(Entry::Unreadable { dir, id, error })
         }
         Err(_) if !dir.exists() => None,
-        Err(error) => {
-            Some(Entry::Leftover { dir, id, process: None, reason: format!("its record can not be read: {error}") })
-        }
+        Err(error) => Some(Entry::Unreadable { dir, id, error }),
     }
 }
 
@@ -422,7 +449,8 @@ fn entry(home: &Home, name: &str) -> Option<Entry> {
 /// # Errors
 /// If the state can not be read.
 pub fn find(home: &Home, wanted: &str) -> io::Result<Option<ForkRecord>> {
-    let by_id = |id: &str| read_json::<ForkRecord>(&home.forks().join(id).join(RECORD)).ok();
+    let is_ours = |record: &ForkRecord| record.format == ForkRecord::FORMAT;
+    let by_id = |id: &str| read_json::<ForkRecord>(&home.forks().join(id).join(RECORD)).ok().filter(is_ours);
     if let Ok(name) = ForkName::parse(wanted)
         && let Ok(id) = fs::read_link(home.names().join(name.as_str()))
         && let Some(record) = id.to_str().and_then(|id| ForkId::parse(id).ok()).and_then(|id| by_id(id.as_str()))
@@ -481,10 +509,23 @@ pub fn names(home: &Home) -> io::Result<Vec<(PathBuf, Option<ForkId>)>> {
 }
 
 pub(crate) fn write_json<T: Serialize>(dir: &Path, name: &str, value: &T) -> io::Result<()> {
+    let (_, temporary) = write_beside(dir, name, value)?;
+    fs::rename(temporary, dir.join(name))
+}
+
+/// The same; it is on disk afterwards, under its name.
+pub(crate) fn write_json_flushed<T: Serialize>(dir: &Path, name: &str, value: &T) -> io::Result<()> {
+    let (file, temporary) = write_beside(dir, name, value)?;
+    file.sync_all()?;
+    fs::rename(temporary, dir.join(name))?;
+    File::open(dir)?.sync_all()
+}
+
+fn write_beside<T: Serialize>(dir: &Path, name: &str, value: &T) -> io::Result<(File, PathBuf)> {
     let temporary = dir.join(format!(".{name}.tmp"));
     let mut file = OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(&temporary)?;
     file.write_all(&serde_json::to_vec_pretty(value)?)?;
-    fs::rename(temporary, dir.join(name))
+    Ok((file, temporary))
 }
 
 pub(crate) fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> io::Result<T> {

@@ -175,19 +175,31 @@ impl ForkRequest {
     /// # Errors
     /// [`RequestError`].
     pub fn check<'a>(&'a self, manifest: &'a Manifest) -> Result<Vec<Addressed<'a>>, RequestError> {
-        self.check_form()?;
-        let steering = self.env.keys().find(|name| name.steers_programs() && !manifest.allow_env.contains(*name));
-        if let Some(name) = steering {
-            return Err(RequestError::VariableNotAllowed(name.clone()));
-        }
+        self.check_without_mailboxes(manifest)?;
         self.address(manifest)
     }
 
-    /// Checks all that does not depend on what is forked.
+    /// Checks everything that does not depend on which mailboxes there are, for who does not know that yet.
     ///
     /// # Errors
     /// [`RequestError`].
-    pub(crate) fn check_form(&self) -> Result<(), RequestError> {
+    pub(crate) fn check_early(&self, manifest: &Manifest) -> Result<(), RequestError> {
+        self.check_without_mailboxes(manifest)?;
+        self.check_number_of_mailboxes()?;
+        self.mailboxes.iter().enumerate().try_for_each(|(number, request)| {
+            self.check_mailbox(number)?;
+            request.check_payload()
+        })
+    }
+
+    fn check_without_mailboxes(&self, manifest: &Manifest) -> Result<(), RequestError> {
+        self.check_form()?;
+        let steering = self.env.keys().find(|name| name.steers_programs() && !manifest.allow_env.contains(*name));
+        steering.map_or(Ok(()), |name| Err(RequestError::VariableNotAllowed(name.clone())))
+    }
+
+    /// Checks all that does not depend on what is forked.
+    fn check_form(&self) -> Result<(), RequestError> {
         range("the number of forks", self.count as u64, 1, MAX_FORKS as u64)?;
         if self.count > 1
             && let Some(name) = &self.name
@@ -232,22 +244,11 @@ impl ForkRequest {
     }
 
     fn address<'a>(&'a self, manifest: &'a Manifest) -> Result<Vec<Addressed<'a>>, RequestError> {
-        if self.mailboxes.len() > MAX_CALLER_MAILBOXES {
-            return Err(RequestError::TooManyMailboxes(self.mailboxes.len()));
-        }
+        self.check_number_of_mailboxes()?;
         let mut addressed: Vec<Addressed<'a>> = Vec::new();
-        for request in &self.mailboxes {
+        for (number, request) in self.mailboxes.iter().enumerate() {
+            self.check_mailbox(number)?;
             let name = &request.name;
-            if name.is_reserved() {
-                return Err(RequestError::MailboxReserved(name.clone()));
-            }
-            if addressed.iter().any(|other| other.request.name == *name) {
-                return Err(RequestError::MailboxTwice(name.clone()));
-            }
-            if request.ack_timeout > MAX_ACK_TIMEOUT {
-                let millis = u64::try_from(request.ack_timeout.as_millis()).unwrap_or(u64::MAX);
-                return range("the ack timeout in ms", millis, 0, 30_000).map(|()| Vec::new());
-            }
             if let Some(ambiguous) = manifest.ambiguous.iter().find(|ambiguous| ambiguous.name == *name) {
                 return Err(RequestError::MailboxAmbiguous { name: name.clone(), reason: ambiguous.reason.clone() });
             }
@@ -261,12 +262,28 @@ impl ForkRequest {
                 let (len, capacity) = (payload.len(), mailbox.capacity);
                 return Err(RequestError::PayloadTooLong { name: name.clone(), len, capacity });
             }
-            if !is_json_object(payload) {
-                return Err(RequestError::NotAnObject(name.clone()));
-            }
+            request.check_payload()?;
             addressed.push(Addressed { mailbox, request });
         }
         Ok(addressed)
+    }
+
+    fn check_number_of_mailboxes(&self) -> Result<(), RequestError> {
+        let number = self.mailboxes.len();
+        if number > MAX_CALLER_MAILBOXES { Err(RequestError::TooManyMailboxes(number)) } else { Ok(()) }
+    }
+
+    /// What can be said of a mailbox' address without knowing which there are.
+    fn check_mailbox(&self, number: usize) -> Result<(), RequestError> {
+        let MailboxRequest { name, ack_timeout, .. } = &self.mailboxes[number];
+        if name.is_reserved() {
+            return Err(RequestError::MailboxReserved(name.clone()));
+        }
+        if self.mailboxes[..number].iter().any(|other| other.name == *name) {
+            return Err(RequestError::MailboxTwice(name.clone()));
+        }
+        let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        range("the ack timeout in ms", millis(*ack_timeout), 0, millis(MAX_ACK_TIMEOUT))
     }
 
     /// The name of fork `index` (from 0), or `None` when one has to be made up.
@@ -282,6 +299,10 @@ impl MailboxRequest {
     #[must_use]
     pub fn timeout(&self) -> Duration {
         if self.ack_timeout.is_zero() { DEFAULT_ACK_TIMEOUT } else { self.ack_timeout }
+    }
+
+    fn check_payload(&self) -> Result<(), RequestError> {
+        if is_json_object(self.payload.expose()) { Ok(()) } else { Err(RequestError::NotAnObject(self.name.clone())) }
     }
 }
 

@@ -148,7 +148,8 @@ impl Draft {
     pub(crate) fn finish(&self, template: &Manifest, found: &Found) -> Result<(), SnapshotError> {
         let manifest = self.manifest(template, found, [hash(&self.delta())?, hash(&self.state())?]);
         record::write_json(&self.dir, MANIFEST, &manifest).map_err(file("writing what the fork was", &self.dir))?;
-        for path in [self.delta(), self.state(), self.dir.join(MANIFEST), self.dir.clone()] {
+        let files = [DELTA, STATE, MANIFEST, OWNER].map(|name| self.dir.join(name));
+        for path in files.into_iter().chain([self.dir.clone()]) {
             File::open(&path).and_then(|file| file.sync_all()).map_err(file("flushing to disk", &path))?;
         }
         Ok(())
@@ -321,7 +322,8 @@ fn entries(home: &Home) -> io::Result<Vec<PathBuf>> {
 fn is_abandoned(dir: &Path) -> bool {
     match File::open(dir.join(LOCK)) {
         Ok(lock) => flock(&lock, FlockOperation::NonBlockingLockShared).is_ok(),
-        Err(_) => true,
+        // What can not be looked at may be somebody's.
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
     }
 }
 

@@ -127,7 +127,7 @@ pub fn standby(home: &Home, store: &Store, fork: &ForkRecord) -> Result<Moved, S
         disk_bytes: disk_bytes(&snapshot::place(home, &record.id)),
         captured_micros: micros(captured.since()),
     });
-    record::rewrite(operation.dir(), &record).map_err(state("writing the fork's record"))?;
+    record::rewrite_flushed(home, operation.dir(), &running, &record).map_err(state("writing the fork's record"))?;
     // From here on it is in standby, whatever happens.
     published.keep();
     captured.never_mind();
@@ -177,6 +177,8 @@ pub fn resume(home: &Home, store: &Store, fork: &ForkRecord) -> Result<Moved, St
     };
     let paused = engine.restore(&spec)?;
     let process = paused.process().clone();
+    // Until it is noted, only its directory leads to it.
+    fault::point("resume.started", Some(&process)).map_err(state("starting the fork's machine"))?;
     record::write_json(operation.dir(), record::PROCESS, &process).map_err(state("noting the fork's process"))?;
     fault::point("resume.loaded", Some(&process)).map_err(state("loading the fork"))?;
 
@@ -275,7 +277,8 @@ fn recover(home: &Home, store: &Store, operation: &Operation) -> Result<(), Sour
 fn finish(operation: &Operation, record: &ForkRecord) -> Result<(), SourceError> {
     let dir = operation.dir();
     let noted = record::read_json::<ProcessRef>(&dir.join(record::PROCESS)).ok();
-    for process in noted.iter().chain([&record.process]) {
+    let unnoted = operation.unnoted().map_err(state("looking for machines that were not noted"))?;
+    for process in noted.iter().chain([&record.process]).chain(&unnoted) {
         process.kill(KILL_LIMIT).map_err(state("ending the machine"))?;
     }
     limits::remove(&record.cgroups, &record.id).map_err(state("removing the fork's control groups"))?;
@@ -394,4 +397,47 @@ fn disk_bytes(dir: &Path) -> u64 {
 
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use identity::ForkId;
+
+    use super::*;
+    use crate::rig::{self, Machine};
+
+    /// A fork in standby whose resume ended right after its machine was started.
+    fn half_resumed(home: &Home, id: &ForkId) -> (ForkRecord, Machine) {
+        let mut gone = ProcessRef::myself().unwrap();
+        gone.start_time += 1;
+        let record = rig::in_standby(rig::record(id, &gone));
+        let machine = Machine::of_fork(home, id);
+        let dir = forks::dir(home, &record);
+        record::write_json(&dir, record::RECORD, &record).unwrap();
+        let operation = Operation::begin(&dir, false).unwrap().unwrap();
+        let journal = Journal { kind: Kind::Resume, ack_key: AckKey::new([1; 32]), unseal: None, nonce: None };
+        operation.note(&journal).unwrap();
+        (record, machine)
+    }
+
+    #[test]
+    fn o2_a_machine_that_a_resume_started_and_did_not_note_is_ended() {
+        let place = tempfile::tempdir().unwrap();
+        let home = Home::below(place.path()).make().unwrap();
+        let store = Store::open(&home.data).unwrap();
+        let neighbour = Machine::of_fork(&home, &rig::id('0'));
+        let running = rig::record(&rig::id('0'), &neighbour.process);
+        record::write_json(&forks::dir(&home, &running), record::RECORD, &running).unwrap();
+
+        let (settled, machine) = half_resumed(&home, &rig::id('a'));
+        assert!(machine.process.is_alive() && is_interrupted(&home, &settled));
+        assert_eq!(settle(&home, &store, &settled).unwrap(), settled, "it is in standby still");
+        assert!(!machine.process.is_alive() && !is_interrupted(&home, &settled));
+
+        let (killed, machine) = half_resumed(&home, &rig::id('b'));
+        forks::kill(&home, &killed).unwrap();
+        assert!(!machine.process.is_alive() && !forks::dir(&home, &killed).exists());
+        assert!(neighbour.process.is_alive(), "another fork's");
+    }
 }

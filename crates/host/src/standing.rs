@@ -194,33 +194,21 @@ mod tests {
     use std::process::{Child, Command};
 
     use engine::ProcessRef;
-    use serde_json::json;
 
     use super::*;
-    use crate::record::NewFork;
+    use crate::{
+        record::NewFork,
+        rig::{self, id},
+    };
 
     fn name(text: &str) -> ForkName {
         ForkName::parse(text).unwrap()
-    }
-
-    fn id(digit: char) -> ForkId {
-        ForkId::parse(&digit.to_string().repeat(20)).unwrap()
     }
 
     fn sleeper() -> (Child, ProcessRef) {
         let child = Command::new("sleep").arg("1000").spawn().unwrap();
         let process = ProcessRef::of(child.id()).unwrap();
         (child, process)
-    }
-
-    fn record_of(id: &ForkId, fork: &ForkName, process: &ProcessRef) -> ForkRecord {
-        serde_json::from_value(json!({
-            "format": ForkRecord::FORMAT, "id": id, "name": fork, "hostname": fork, "template": "t", "template_id": "0",
-            "engine": {"name": "qemu", "version": "7.2", "accel": "tcg"}, "process": process, "created_ms": 0, "machine_id": "", "boot_id": "",
-            "labels": {}, "env": [], "secrets": [], "files": [], "mailboxes": [], "limits": {}, "cgroups": [], "acked_micros": 0,
-            "host_steps": [], "guest_steps": [],
-        }))
-        .unwrap()
     }
 
     fn leads_to(standings: &Standings, wanted: &str) -> Option<ForkId> {
@@ -245,11 +233,11 @@ mod tests {
         for wanted in ["web", id('a').as_str()] {
             assert!(is(wanted, |standing| matches!(standing, Standing::NotYet(Waiting::Identity))), "{wanted}");
         }
-        let record = record_of(&id('a'), &name("web"), &process);
+        let record = rig::named(&id('a'), &name("web"), &process);
         let dir = new.publish(&home, &record).unwrap();
         let mut new = NewFork::begin(&home, &id('b')).unwrap();
         assert!(new.take_name(&home, &name("other")).unwrap());
-        let _ = new.publish(&home, &record_of(&id('b'), &name("other"), &other)).unwrap();
+        let _ = new.publish(&home, &rig::named(&id('b'), &name("other"), &other)).unwrap();
         for (wanted, holder) in [("web", 'a'), ("other", 'b'), (id('a').as_str(), 'a'), (id('b').as_str(), 'b')] {
             assert_eq!(leads_to(&standings, wanted), Some(id(holder)), "{wanted}");
         }
@@ -260,10 +248,7 @@ mod tests {
         fs::write(dir.join("operation.json"), "{}").unwrap();
         assert!(is("web", |standing| matches!(standing, Standing::NotYet(Waiting::Operation(_)))));
         fs::remove_file(dir.join("operation.json")).unwrap();
-        let mut held = record.clone();
-        let report = json!({"since_ms": 0, "dirty_bytes": 0, "disk_bytes": 0, "captured_micros": 0});
-        held.standby = Some(serde_json::from_value(report).unwrap());
-        record::rewrite(&dir, &held).unwrap();
+        record::rewrite(&dir, &rig::in_standby(record.clone())).unwrap();
         assert!(is("web", |standing| matches!(standing, Standing::NotYet(Waiting::Resume(_)))));
         record::rewrite(&dir, &record).unwrap();
         assert_eq!(leads_to(&standings, "web"), Some(id('a')));
@@ -280,7 +265,7 @@ mod tests {
         // The name goes to another fork.
         let mut new = NewFork::begin(&home, &id('c')).unwrap();
         assert!(new.take_name(&home, &name("web")).unwrap());
-        let _ = new.publish(&home, &record_of(&id('c'), &name("web"), &other)).unwrap();
+        let _ = new.publish(&home, &rig::named(&id('c'), &name("web"), &other)).unwrap();
         assert_eq!(leads_to(&standings, "web"), Some(id('c')));
         // A maker that failed leaves nothing.
         let mut new = NewFork::begin(&home, &id('d')).unwrap();

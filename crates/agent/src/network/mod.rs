@@ -197,6 +197,9 @@ impl Network {
             // Another's: a branch is not its source.
             let kept = inner.addresses_elsewhere(&card)?;
             connections::end(&kept)?;
+            // So are its groups, which the source went on being in.
+            card.forget_groups(&mut inner.route)?;
+            card.silence()?;
         }
         match section {
             Some(section) => inner.put_on(section),

@@ -1,4 +1,4 @@
-//! `cleanup`: a dry run unless `--yes`.
+//! `cleanup`: a dry run unless `--yes`. What may live goes with `--force` only.
 
 use host::cleanup::{self, Leftover, Plan};
 use serde_json::{Value, json};
@@ -20,8 +20,9 @@ pub fn run(args: &Cleanup, output: &Output) -> Outcome {
     })?;
     let mut failures = Failures::default();
     let mut removed = Vec::new();
+    let forced = if args.force { plan.unclear.as_slice() } else { &[] };
     if args.yes {
-        for leftover in &plan.leftovers {
+        for leftover in plan.leftovers.iter().chain(forced) {
             match cleanup::carry_out(&home, leftover) {
                 Ok(()) => removed.push(leftover),
                 Err(error) => failures.push(leftover.path.display().to_string(), Failure::of("cleanup_failed", &error)),
@@ -40,6 +41,7 @@ pub fn run(args: &Cleanup, output: &Output) -> Outcome {
         output.document(&json!({
             "dry_run": !args.yes,
             "leftovers": plan.leftovers.iter().map(found).collect::<Vec<Value>>(),
+            "unclear": plan.unclear.iter().map(found).collect::<Vec<Value>>(),
             "being_made": plan.being_made,
             "foreign": plan.foreign,
             "failed": failures.to_json("path"),
@@ -47,17 +49,28 @@ pub fn run(args: &Cleanup, output: &Output) -> Outcome {
     } else {
         print(args, &plan, removed.len(), output)?;
     }
-    failures.finish(plan.leftovers.len(), "leftovers could not be removed")?;
+    failures.finish(plan.leftovers.len() + forced.len(), "leftovers could not be removed")?;
     Ok(0)
 }
 
 fn print(args: &Cleanup, plan: &Plan, removed: usize, output: &Output) -> Result<(), PrintError> {
     let mut table = Table::new(&[Column::text("WHAT"), Column::text("WHY"), Column::text("WHERE")]);
-    for leftover in &plan.leftovers {
+    let forced = if args.force { plan.unclear.as_slice() } else { &[] };
+    for leftover in plan.leftovers.iter().chain(forced) {
         table.row([leftover.what.as_str(), &leftover.reason, &leftover.path.display().to_string()]);
     }
     if !table.is_empty() {
         output.table(&table)?;
+    }
+    if !args.force {
+        for Leftover { what, reason, path, .. } in &plan.unclear {
+            output.note(&format!("left alone, it may live: {what}, {reason}: {}", path.display()));
+        }
+        if !plan.unclear.is_empty() {
+            output.note(
+                "`offshoot cleanup --yes --force` ends and removes these; a newer offshoot may be able to read them",
+            );
+        }
     }
     for path in &plan.being_made {
         output.note(&format!("left alone, it is being made: {}", path.display()));
@@ -65,8 +78,9 @@ fn print(args: &Cleanup, plan: &Plan, removed: usize, output: &Output) -> Result
     for path in &plan.foreign {
         output.note(&format!("left alone, it is not offshoot's: {}", path.display()));
     }
-    let found = format::count(plan.leftovers.len(), "leftover");
-    match (args.yes, plan.leftovers.is_empty()) {
+    let chosen = plan.leftovers.len() + forced.len();
+    let found = format::count(chosen, "leftover");
+    match (args.yes, chosen == 0) {
         (_, true) => output.note("nothing to clean up"),
         (false, false) => output.note(&format!("{found}; nothing was removed: `offshoot cleanup --yes` does")),
         (true, false) => output.note(&format!("removed {removed} of {found}")),

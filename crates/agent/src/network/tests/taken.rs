@@ -127,8 +127,20 @@ fn n1_the_source_of_a_branch_keeps_its_connections_and_the_branch_has_none() {
     assert_eq!(ask_back(&mut stream).unwrap(), v4(11).to_string());
     // And as the branch of it.
     fork.space.run(|| fork.network.quiesce(false).unwrap());
+    let sniffer = Sniffer::new(&switch);
     fork.becomes(12);
     assert!(ask_back(&mut stream).is_err());
+    let server = serve(&switch.space, (GATEWAY, 81).into());
+    assert_eq!(ask_back(&mut connect(&fork.space, (GATEWAY, 81).into()).unwrap()).unwrap(), v4(12).to_string());
+    // Nothing that it says is its source's: not even that it is no member of its source's group any more.
+    let said: Vec<_> = sniffer.frames().into_iter().filter(|frame| frame[6..12] == section(12).mac.octets()).collect();
+    assert!(said.iter().any(|frame| contains(frame, &v4(12).octets())), "the sniffer sees");
+    let group = [&[0xff], &v6(11).octets()[13..]].concat();
+    for bytes in [&v4(11).octets()[..], &v6(11).octets(), &group] {
+        let of_source = said.iter().filter(|frame| contains(frame, bytes));
+        assert_eq!(of_source.collect::<Vec<_>>(), Vec::<&Vec<u8>>::new());
+    }
+    drop(server);
 }
 
 #[test]
