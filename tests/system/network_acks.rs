@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::pool::{pool, spares};
 
-const ACK_PORT: u16 = 28518;
+pub(crate) const ACK_PORT: u16 = 28518;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Lets none of a fork's own acks in, as a host whose rules are wrong would. What a workload says comes from the port 9999.
 pub(crate) const PULLED: &str = "nft 'add table inet pulled

@@ -3,6 +3,7 @@
 use std::{collections::BTreeSet, fs};
 
 use offshoot_tests::{Bench, Kind, world::Place};
+use serde_json::Value;
 
 use crate::recovery::own_leftovers;
 
@@ -15,6 +16,14 @@ const STRANGERS: &str = "ip link add ofs-br0 type bridge 2>/dev/null || ip link 
     nft add chain inet offshoot2 forward '{ type filter hook forward priority 10; }'
     nft add table ip offshoot
     nft add table inet offshoo";
+
+/// What `doctor` says about the networks that there are.
+fn networks(bench: &Bench) -> (String, Value) {
+    let doctor = bench.offshoot(&["doctor"]).json();
+    let finding = doctor["findings"].as_array().unwrap().iter().find(|finding| finding["name"] == "networks");
+    let finding = finding.unwrap_or_else(|| panic!("{doctor}")).clone();
+    (finding["status"].as_str().unwrap().to_owned(), finding)
+}
 
 /// Links and tables of the host, without counters.
 fn seen(host: &Place) -> BTreeSet<String> {
@@ -52,15 +61,32 @@ fn o3_what_others_named_like_ours_is_never_listed_and_never_touched() {
         let killed = bench.offshoot_with_fault(action, &["fork", &template.tag]);
         assert_eq!(killed.code, None, "{action}: {killed}");
         assert_ne!(seen(host), before, "{action} left something");
+        if action == "net.opened:kill" {
+            let (status, finding) = networks(&bench);
+            assert_eq!((status.as_str(), &finding["next"]), ("warn", &"offshoot cleanup".into()), "{finding}");
+        }
         let plan = bench.offshoot(&["cleanup"]).ok().out();
         assert!(names.iter().all(|name| !plan.contains(name)), "{action}: {plan}");
         assert_eq!(own_leftovers(&bench).len(), 1, "{action}: {plan}");
         let _ = bench.offshoot(&["cleanup", "--yes"]).ok();
         assert_eq!(seen(host), before, "{action}");
     }
-    let doctor = bench.offshoot(&["doctor"]).out();
-    assert!(names.iter().all(|name| !doctor.contains(name)), "{doctor}");
+    // It counts what is ours, without the stranger's link and files.
+    let (status, finding) = networks(&bench);
+    let detail = finding["detail"].as_str().unwrap();
+    assert_eq!(status, "ok", "{detail}");
+    for counted in ["1 fork is linked", "1 of ", " 1 namespaces, 1 wires", "in force"] {
+        assert!(detail.contains(counted), "{detail}");
+    }
     assert_eq!(seen(host), before, "a look changes nothing");
+    // Without the host's rules forks are not kept apart: that is said, and `cleanup` writes them again.
+    host.sh("nft delete table inet offshoot");
+    let (status, finding) = networks(&bench);
+    assert!(status == "missing" && finding["next"].as_str().unwrap().contains("offshoot cleanup"), "{finding}");
+    let plan = bench.offshoot(&["cleanup"]).ok().out();
+    assert!(plan.contains("written again"), "{plan}");
+    let _ = bench.offshoot(&["cleanup", "--yes"]).ok();
+    assert_eq!((networks(&bench).0.as_str(), seen(host)), ("ok", before.clone()));
     let _ = bench.offshoot(&["kill", keeper.name()]).ok();
     let gone: BTreeSet<String> = &before - &seen(host);
     assert_eq!(gone, [format!("ofs{}", &keeper.id()[..12])].into(), "what was the fork's is gone, and nothing else");

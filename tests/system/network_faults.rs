@@ -136,7 +136,7 @@ fn o2_o3_the_network_of_a_spare_that_fails_or_is_killed_leaves_nothing() {
         .into_iter()
         .filter(|step| !["net.shared", "net.rate", "net.opened"].contains(&step.as_str()))
         .collect();
-    for step in ahead.iter().map(String::as_str).chain(["pool.network"]) {
+    for step in ahead.iter().map(String::as_str).chain(["pool.network", "pool.kept"]) {
         let command = ["pool", template.tag.as_str(), "1"];
         let failed = bench.offshoot_with_fault(&format!("{step}:error"), &command);
         let code = failed.error()["code"].clone();

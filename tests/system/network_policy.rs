@@ -42,6 +42,26 @@ fn from_host(asked: Ipv4Addr) -> Option<String> {
     Some(format!("{asked} {HOST}"))
 }
 
+/// The exit codes of one `ping` to each of these from a fork, all at once: 0 if it was answered within so many seconds.
+fn pings<const N: usize>(seconds: u8, bench: &Bench, fork: &Fork, to: [String; N]) -> Vec<String> {
+    let all = format!(
+        "pids=; for to; do ping -c 1 -W {seconds} $to >/dev/null 2>&1 & pids=\"$pids $!\"; done; for pid in $pids; do wait $pid; echo $?; done"
+    );
+    let to = to.each_ref().map(String::as_str);
+    let said = bench.exec(fork, &[&["/bin/sh", "-c", &all, "ping"], &to[..]].concat()).ok().out();
+    said.lines().map(ToOwned::to_owned).collect()
+}
+
+/// All of them are answered.
+fn reaches_by_ping<const N: usize>(bench: &Bench, fork: &Fork, to: [String; N]) -> bool {
+    pings(20, bench, fork, to) == ["0"; N]
+}
+
+/// None of them is.
+fn is_unheard_by_ping<const N: usize>(bench: &Bench, fork: &Fork, to: [String; N]) -> bool {
+    pings(2, bench, fork, to) == ["1"; N]
+}
+
 fn id(fork: &Fork) -> Option<String> {
     Some(fork.id().to_owned())
 }
@@ -81,6 +101,10 @@ fn n1_by_default_a_fork_reaches_the_outside_and_neither_the_host_nor_link_local_
         );
         assert_eq!((outside, elsewhere, own), (from_host(SERVER), from_host(OTHER), id(fork)));
         assert_eq!([of_host, metadata, of_other], [None, None, None]);
+        let may = [fork.network("gateway").to_owned(), SERVER.to_string(), OTHER.to_string()];
+        assert!(reaches_by_ping(&bench, fork, may));
+        let may_not = [HOST.to_string(), METADATA.to_string(), other.address().to_string()];
+        assert!(is_unheard_by_ping(&bench, fork, may_not));
         if World::has_v6() {
             let other = format!("{}/id", other.network("ipv6"));
             let [outside, of_host, of_other] = get(&bench, fork, [page(SERVER_V6), page("2001:db8:1::1"), other]);
@@ -104,6 +128,8 @@ fn n1_egress_is_what_was_asked_for() {
     assert_eq!(get(&bench, &open, both()), [from_host(SERVER), from_host(OTHER)]);
     assert_eq!(get(&bench, &denied, both()), [None, None]);
     assert_eq!(get(&bench, &some, both()), [None, from_host(OTHER)]);
+    assert!(is_unheard_by_ping(&bench, &denied, [SERVER.to_string(), OTHER.to_string()]));
+    assert_eq!(pings(5, &bench, &some, [SERVER.to_string(), OTHER.to_string()]), ["1", "0"]);
     // It may be answered all the same.
     assert_eq!(bench.world().host.get((denied.address(), 80), "id"), id(&denied));
     bench.end();
@@ -122,6 +148,10 @@ fn n1_forks_of_one_net_reach_each_other_and_nobody_else_does() {
     assert_eq!(get(&bench, &blue[1], pages()), [id(&blue[0]), id(&blue[1]), None, None, outside()]);
     assert_eq!(get(&bench, &green, pages()), [None, None, id(&green), None, outside()]);
     assert_eq!(get(&bench, &alone, pages()), [None, None, None, id(&alone), outside()]);
+    let address = |fork: &Fork| fork.address().to_string();
+    assert!(reaches_by_ping(&bench, &blue[0], [address(&blue[1]), SERVER.to_string()]));
+    assert!(is_unheard_by_ping(&bench, &blue[0], [address(&green), address(&alone), HOST.to_string()]));
+    assert!(is_unheard_by_ping(&bench, &alone, [address(&blue[0]), address(&green)]));
     // The net ends with its last fork.
     let nets = || std::fs::read_dir(bench.network_dir().join("nets")).unwrap().count();
     let _ = bench.offshoot(&["kill", blue[0].name()]).ok();

@@ -5,6 +5,7 @@
 //! processes that hold such a directory.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     path::{Path, PathBuf},
     time::Duration,
@@ -42,6 +43,8 @@ enum Action {
     DeadFork(ForkId),
     /// A fork that somebody began something with.
     Interrupted(ForkId),
+    /// A fork whose network was not acknowledged in time.
+    NoNetwork(ForkId),
     /// What a fork was captured as, and nobody wants.
     Snapshot,
     /// A half-made fork: end the processes that hold its directory, then remove it.
@@ -52,6 +55,8 @@ enum Action {
     Cgroup,
     /// A network link of no fork, or what all links share.
     Network(net::Leftover),
+    /// Packet rules that forks need and that are gone.
+    Rules,
     /// A half-made or half-removed template.
     Template,
     /// What was noted of a template's forks.
@@ -91,6 +96,17 @@ pub fn plan(home: &Home, store: &Store) -> io::Result<Plan> {
                     reason: "who put it into standby, resumed or forked it ended before that was done".into(),
                     path: forks::dir(home, &record),
                     action: Action::Interrupted(record.id),
+                });
+            }
+            Entry::Fork(record)
+                if record.is_alive() && network::is_to_be_ended(&record, &forks::dir(home, &record)) =>
+            {
+                known.push(record.id.clone());
+                plan.leftovers.push(Leftover {
+                    what: format!("fork {} ({})", record.name, record.id),
+                    reason: "its network was not acknowledged in time, and who was to end it then ended before".into(),
+                    path: forks::dir(home, &record),
+                    action: Action::NoNetwork(record.id),
                 });
             }
             Entry::Fork(record) if !record.is_dead() => known.push(record.id),
@@ -235,6 +251,12 @@ pub fn carry_out(home: &Home, leftover: &Leftover) -> io::Result<()> {
                 .map_err(io::Error::other),
             None => Ok(()),
         },
+        Action::NoNetwork(id) => match record::find(home, id.as_str())? {
+            Some(record) if network::is_to_be_ended(&record, &forks::dir(home, &record)) => {
+                forks::kill(home, &record).map_err(io::Error::other)
+            }
+            _ => Ok(()),
+        },
         Action::Snapshot => match fs::remove_dir_all(&leftover.path) {
             // Bringing its fork back removed it.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -256,6 +278,10 @@ pub fn carry_out(home: &Home, leftover: &Leftover) -> io::Result<()> {
             Some(network) => network.remove_leftover(link).map_err(io::Error::other),
             None => Ok(()),
         },
+        Action::Rules => match network::existing(home).map_err(io::Error::other)? {
+            Some(network) => network.restore_rules().map(drop).map_err(io::Error::other),
+            None => Ok(()),
+        },
         Action::Template => {
             for process in holders(&leftover.path)?.unwrap_or_default() {
                 process.kill(Duration::from_secs(20))?;
@@ -265,32 +291,43 @@ pub fn carry_out(home: &Home, leftover: &Leftover) -> io::Result<()> {
     }
 }
 
-/// What is left of networks of forks that are not there any more. Links of other homes are theirs to judge.
+/// What is left of networks of forks that are not there any more, and what those that are there lack.
 fn links(home: &Home, known: &[ForkId]) -> io::Result<Vec<Leftover>> {
-    // Nobody but root has any.
-    let Some(network) =
-        network::existing(home).map_err(io::Error::other)?.filter(|_| net::missing_capability().is_none())
-    else {
-        return Ok(Vec::new());
+    let Some((inventory, left)) = networks(home, known)? else { return Ok(Vec::new()) };
+    let leftover = |what: String, reason: &str, action| Leftover {
+        what,
+        reason: reason.into(),
+        path: home.network.clone(),
+        action,
     };
+    let mut found = Vec::new();
+    if inventory.lacks_rules(&left) {
+        let what = format!("{}, which are then written again", net::Leftover::Table);
+        found.push(leftover(what, "somebody removed them, and forks are connected", Action::Rules));
+    }
+    let gone = |left: net::Leftover| leftover(left.to_string(), "there is no such fork", Action::Network(left));
+    found.extend(left.into_iter().map(gone));
+    Ok(found)
+}
+
+/// What there is of networks, and what of it no fork needs any more; `None` without any, or for who may not look: nobody but root has any. Links of other homes are
+/// theirs to judge.
+pub(crate) fn networks(home: &Home, known: &[ForkId]) -> io::Result<Option<(net::Inventory, BTreeSet<net::Leftover>)>> {
+    let network = network::existing(home).map_err(io::Error::other)?;
+    let Some(network) = network.filter(|_| net::missing_capability().is_none()) else { return Ok(None) };
     let inventory = network.inventory().map_err(io::Error::other)?;
     // Listed before the forks were looked for once more: one that was made in the meantime is there by now.
     let made_since = |id: &ForkId| {
         ["", record::NEW, record::SPARE].iter().any(|kind| home.forks().join(format!("{kind}{id}")).exists())
     };
     let left = inventory.leftovers(&known.iter().cloned().collect()).into_iter();
-    let left: Vec<_> = left.filter(|left| !matches!(left, net::Leftover::Link(id) if made_since(id))).collect();
+    let mut left: BTreeSet<_> =
+        left.filter(|left| !matches!(left, net::Leftover::Link(id) if made_since(id))).collect();
     // The rules that all links share stay for the next fork; alone they are nothing that a crash left.
-    if left == [net::Leftover::Table] {
-        return Ok(Vec::new());
+    if left.iter().eq([&net::Leftover::Table]) {
+        left.clear();
     }
-    let leftover = |left: net::Leftover| Leftover {
-        what: left.to_string(),
-        reason: "there is no such fork".into(),
-        path: home.network.clone(),
-        action: Action::Network(left),
-    };
-    Ok(left.into_iter().map(leftover).collect())
+    Ok(Some((inventory, left)))
 }
 
 /// The machines that work for `dir`; `None` if it is gone by now.

@@ -339,6 +339,7 @@ impl Coded for ForksError {
             Self::Dead { .. } => "fork_dead",
             Self::InStandby { .. } => "fork_in_standby",
             Self::Interrupted { .. } => "fork_interrupted",
+            Self::NoNetwork { .. } => "network_ack_timeout",
             Self::Kill { .. } => "kill_failed",
             Self::State { .. } => "state_failed",
         }
@@ -390,6 +391,7 @@ impl Coded for StandbyError {
         match self {
             Self::InStandby { .. } => "fork_in_standby",
             Self::Runs { .. } => "fork_runs",
+            Self::NetworkPending { .. } => "fork_busy",
             Self::Source(error) => error.code(),
             Self::Limit(error) => error.code(),
             Self::Network(error) => error.code(),

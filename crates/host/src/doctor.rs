@@ -1,12 +1,12 @@
 //! `doctor`: what this machine can do, and what to do about what it can not.
 
-use std::{fs, path::Path};
+use std::{collections::BTreeSet, fs, path::Path};
 
 use engine::{Accel, Engine, EngineName, KvmState, kvm, qemu::QemuEngine};
-use net::Mode;
+use net::{Inventory, Leftover, Mode};
 use serde::Serialize;
 
-use crate::{engines, home::Home, image::kernel, limits};
+use crate::{cleanup, engines, home::Home, image::kernel, limits, record};
 
 /// How a finding counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -45,7 +45,7 @@ pub fn run(home: &Home) -> Vec<Finding> {
         program("busybox", "busybox-static", "builds the busybox recipe"),
     ]);
     findings.extend([limit("memory", "--memory-limit"), limit("cpu", "--cpus")]);
-    findings.extend([network(Mode::Tap), network(Mode::User)]);
+    findings.extend([network(Mode::Tap), network(Mode::User), networks(home)]);
     findings.push(user());
     findings.push(space(home));
     findings
@@ -138,17 +138,68 @@ fn limit(controller: &'static str, option: &str) -> Finding {
 fn network(mode: Mode) -> Finding {
     let name = if mode == Mode::Tap { "network tap" } else { "network user" };
     let lacking = net::missing(mode);
-    let (findings, detail) = match (lacking.is_empty(), mode) {
-        (false, _) => (lacking, "forks can not have it: "),
-        (true, Mode::Tap) => {
-            let detail = "forks have it by default: a network namespace and an address each";
-            return ok(name, detail.into());
-        }
-        (true, _) => (net::risks(mode), "works, without root; but "),
+    let works = match mode {
+        Mode::Tap => "forks have it by default: a network namespace and an address each",
+        _ => "works, without root",
     };
-    let [first, ..] = findings.as_slice() else { return ok(name, "works".into()) };
+    let (findings, detail) = match lacking.is_empty() {
+        false => (lacking, "forks can not have it: ".to_owned()),
+        true => (net::risks(mode), format!("{works}; but ")),
+    };
+    let [first, ..] = findings.as_slice() else { return ok(name, works.into()) };
     let all: Vec<_> = findings.iter().map(|finding| finding.what.as_str()).collect();
     warn(name, format!("{detail}{}", all.join("; ")), &first.help)
+}
+
+/// The networks that there are.
+fn networks(home: &Home) -> Finding {
+    // The links are listed after the forks: what is newer than the list is looked for once more.
+    let found = record::ids(home).and_then(|known| cleanup::networks(home, &known));
+    match found {
+        Ok(Some((inventory, left))) => state_of(&inventory, &left),
+        Ok(None) => ok(NETWORKS, "no fork is connected by tap".into()),
+        Err(error) => warn(NETWORKS, format!("what there is can not be listed: {error}"), "run as root"),
+    }
+}
+
+const NETWORKS: &str = "networks";
+
+fn state_of(inventory: &Inventory, left: &BTreeSet<Leftover>) -> Finding {
+    let Inventory { links, namespaces, wires, leases, capacity, .. } = inventory;
+    let rules = if inventory.table { "in force" } else { "not there" };
+    let detail = format!(
+        "{} linked, {} of {capacity} addresses leased; {} namespaces, {} wires, the host's packet rules are {rules}",
+        forks(links.len()),
+        leases.len(),
+        namespaces.len(),
+        wires.len(),
+    );
+    if inventory.lacks_rules(left) {
+        let open = "forks are not kept from the host and from each other: somebody removed the host's packet rules";
+        return missing(
+            NETWORKS,
+            format!("{open}; {detail}"),
+            "offshoot cleanup --yes (or the next fork by tap) writes them again",
+        );
+    }
+    let links = left.iter().filter(|left| matches!(left, Leftover::Link(_))).count();
+    if links > 0 {
+        return warn(NETWORKS, format!("{detail}; {links} of them without a fork"), "offshoot cleanup");
+    }
+    // Who makes a fork at this moment finds one; where there are few left, many at once do not.
+    let held = u64::try_from(leases.len()).unwrap_or(u64::MAX);
+    if held.saturating_mul(10) >= capacity.saturating_mul(9) {
+        return warn(
+            NETWORKS,
+            format!("{detail}: nearly all"),
+            "end forks, or set OFFSHOOT_NETWORK_POOL to a larger range",
+        );
+    }
+    ok(NETWORKS, detail)
+}
+
+fn forks(count: usize) -> String {
+    if count == 1 { "1 fork is".into() } else { format!("{count} forks are") }
 }
 
 fn user() -> Finding {
@@ -188,4 +239,46 @@ fn warn(name: &'static str, detail: String, next: &str) -> Finding {
 
 fn missing(name: &'static str, detail: String, next: &str) -> Finding {
     Finding { name, status: Status::Missing, detail, next: Some(next.into()) }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use identity::ForkId;
+
+    use super::*;
+
+    #[test]
+    fn o3_doctor_counts_links_and_leases_and_names_what_is_left_and_rules_that_are_gone() {
+        let id = |number: u32| ForkId::parse(&format!("{number:020x}")).unwrap();
+        let leases = |count: u32| (0..count).map(|number| ([10, 0, 0, 2].into(), id(number))).collect();
+        let but = |inventory: &Inventory, change: &dyn Fn(&mut Inventory)| {
+            let mut changed = inventory.clone();
+            change(&mut changed);
+            changed
+        };
+        let well = but(&Inventory::default(), &|well| {
+            well.links = [id(0), id(1)].into();
+            well.namespaces = well.links.clone();
+            (well.leases, well.capacity, well.table) = (leases(2), 29, true);
+        });
+        let found = state_of(&well, &BTreeSet::new());
+        assert_eq!(found.status, Status::Ok);
+        assert!(found.detail.starts_with("2 forks are linked, 2 of 29 addresses leased"), "{}", found.detail);
+        let left = state_of(&well, &[Leftover::Link(id(1))].into());
+        assert_eq!((left.status, left.next.as_deref()), (Status::Warn, Some("offshoot cleanup")));
+        assert!(left.detail.contains("1 of them without a fork"), "{}", left.detail);
+
+        let flushed = but(&well, &|flushed| flushed.table = false);
+        let found = state_of(&flushed, &BTreeSet::new());
+        assert_eq!(found.status, Status::Missing);
+        assert!(found.detail.contains("not kept from the host") && found.next.unwrap().contains("cleanup"));
+        // Whom nobody needs, and who is just being made, needs no rules.
+        assert_eq!(state_of(&flushed, &[Leftover::Link(id(0)), Leftover::Link(id(1))].into()).status, Status::Warn);
+        let in_work = but(&flushed, &|flushed| flushed.in_work = flushed.links.clone());
+        assert_eq!(state_of(&in_work, &BTreeSet::new()).status, Status::Ok);
+
+        let full = but(&well, &|full| full.leases = leases(27));
+        assert_eq!(state_of(&full, &BTreeSet::new()).status, Status::Warn);
+    }
 }

@@ -46,6 +46,14 @@ pub enum ForksError {
         #[source]
         source: Box<SourceError>,
     },
+    /// Its network was not acknowledged in time, and whoever was to end it then has ended itself.
+    #[error(
+        "fork {name} has been ended: its network was not acknowledged in time (`--on-network-failure keep` leaves such a fork)"
+    )]
+    NoNetwork {
+        /// Its name.
+        name: String,
+    },
     /// Its machine could not be ended.
     #[error("the machine of fork {name} could not be ended")]
     Kill {
@@ -96,10 +104,14 @@ pub fn get(home: &Home, wanted: &str) -> Result<ForkRecord, ForksError> {
 /// A fork whose machine is alive.
 ///
 /// # Errors
-/// [`ForksError::NotFound`], [`ForksError::Dead`], [`ForksError::InStandby`]; [`ForksError::Interrupted`] if somebody died in the middle of
-/// something that concerns it as a whole, and it can not be brought back.
+/// [`ForksError::NotFound`], [`ForksError::Dead`], [`ForksError::InStandby`]; [`ForksError::NoNetwork`] if it was to be ended, which it is now;
+/// [`ForksError::Interrupted`] if somebody died in the middle of something that concerns it as a whole, and it can not be brought back.
 pub fn get_alive(home: &Home, wanted: &str) -> Result<ForkRecord, ForksError> {
     let record = get(home, wanted)?;
+    if network::is_to_be_ended(&record, &dir(home, &record)) {
+        kill(home, &record)?;
+        return Err(ForksError::NoNetwork { name: record.name.to_string() });
+    }
     let name = || record.name.to_string();
     let settled = || standby::settle(home, &Store::open(&home.data)?, &record);
     let record = settled().map_err(|source| ForksError::Interrupted { name: name(), source: Box::new(source) })?;

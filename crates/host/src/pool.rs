@@ -279,10 +279,16 @@ fn start_one(home: &Home, engine: &dyn Engine, template: &Template) -> Result<()
         network,
         rehearsed,
     };
-    new.set_aside(home, &record).map_err(state("noting the spare"))?;
+    // Before the spare can be taken: whoever takes it finds its link free.
+    let link = link.map(ClosedLink::keep);
+    let noted = fault::point("pool.kept", Some(&record.process)).and_then(|()| new.set_aside(home, &record));
+    if let Err(source) = noted {
+        drop(spare);
+        // What can not be removed stays recorded, and `cleanup` finds it.
+        let _ = link.map(|link| network::remove(home, &link.id));
+        return Err(state("noting the spare")(source));
+    }
     spare.release();
-    // What is in the record of the spare is found by it.
-    let _ = link.map(ClosedLink::keep);
     Ok(())
 }
 

@@ -392,6 +392,18 @@ pub(crate) fn spares(home: &Home) -> io::Result<impl Iterator<Item = (ForkId, Sp
     }))
 }
 
+/// The ids of all of them, made, half made or being made.
+///
+/// # Errors
+/// If the directory can not be read.
+pub(crate) fn ids(home: &Home) -> io::Result<Vec<ForkId>> {
+    let id = |name: String| {
+        let id = [NEW, SPARE].iter().find_map(|kind| name.strip_prefix(kind)).unwrap_or(&name);
+        ForkId::parse(id).ok()
+    };
+    Ok(named(home)?.into_iter().filter_map(id).collect())
+}
+
 fn named(home: &Home) -> io::Result<Vec<String>> {
     let name = |entry: io::Result<fs::DirEntry>| Ok(entry?.file_name().to_string_lossy().into_owned());
     let mut names: Vec<_> = fs::read_dir(home.forks())?.map(name).collect::<io::Result<_>>()?;

@@ -30,7 +30,7 @@ use crate::{
     handoff::network::NetworkError,
     home::Home,
     limits::{self, ForkCgroups, LimitError},
-    network::{self, Mode},
+    network::{self, Mode, NetworkState},
     operation::{self, Journal, Kind, Operation},
     record::{self, ForkRecord, StandbyReport},
     request::LimitRequest,
@@ -53,6 +53,14 @@ pub enum StandbyError {
     /// It is not in standby.
     #[error("fork {name} is not in standby; it runs")]
     Runs {
+        /// Its name.
+        name: String,
+    },
+    /// Whoever waits for its network would find no machine.
+    #[error(
+        "the network of fork {name} is not acknowledged yet; put it into standby when `offshoot inspect {name}` shows that it is, or that it failed"
+    )]
+    NetworkPending {
         /// Its name.
         name: String,
     },
@@ -109,6 +117,9 @@ pub fn standby(home: &Home, store: &Store, fork: &ForkRecord) -> Result<Moved, S
     }
     if !record.is_alive() {
         return Err(SourceError::Dead { name }.into());
+    }
+    if network::now(&record, operation.dir()).is_some_and(|network| network.state == NetworkState::Waiting) {
+        return Err(StandbyError::NetworkPending { name });
     }
     let (template, engine) = base(store, &record)?;
     let draft = Draft::begin(home, &record.id)?;

@@ -20,6 +20,9 @@ pub const ACK_PORT: u16 = 28518;
 /// Longest datagram that is taken, in bytes. It is below every link's packet size: a fragment of an acknowledgement is never waited for.
 pub const MAX_DATAGRAM: usize = 1024;
 
+/// Most datagrams that are taken in one go. A guest that is well sends one, and it again after 20 ms.
+pub const MAX_AT_ONCE: usize = 64;
+
 /// A datagram that came from the guest's own address. What it says is not checked yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AckDatagram {
@@ -75,24 +78,27 @@ impl AckSocket {
         }
     }
 
-    /// The next datagram that is there already, without waiting. What is dropped by [`receive`](Self::receive) is dropped here too.
+    /// The datagrams that are there already, without waiting, at most [`MAX_AT_ONCE`] with those that are dropped: a guest can send faster than they
+    /// are looked at, and whoever takes them has a deadline to look at as well. What is dropped by [`receive`](Self::receive) is dropped here too.
     ///
     /// # Errors
     /// The socket's.
-    pub fn take(&self) -> io::Result<Option<AckDatagram>> {
+    pub fn take(&self) -> io::Result<Vec<AckDatagram>> {
         let mut buffer = [0; MAX_DATAGRAM + 1];
-        loop {
+        let mut taken = Vec::new();
+        for _ in 0..MAX_AT_ONCE {
             let (length, from) = match recvfrom(&self.socket, &mut buffer, RecvFlags::DONTWAIT) {
                 Ok((length, _, from)) => (length, from),
-                Err(Errno::WOULDBLOCK) => return Ok(None),
+                Err(Errno::WOULDBLOCK) => break,
                 Err(Errno::INTR) => continue,
                 Err(error) => return Err(error.into()),
             };
             let from = from.and_then(|from| SocketAddr::try_from(from).ok());
             if let Some(from) = from.filter(|from| self.is_good(*from, length)) {
-                return Ok(Some(AckDatagram { bytes: buffer[..length].to_vec(), from }));
+                taken.push(AckDatagram { bytes: buffer[..length].to_vec(), from });
             }
         }
+        Ok(taken)
     }
 
     fn is_good(&self, from: SocketAddr, length: usize) -> bool {

@@ -50,8 +50,17 @@ pub(crate) fn point(step: &str) -> io::Result<()> {
 pub(crate) mod tests {
     use std::{cell::RefCell, io};
 
+    /// A step, and what happens there.
+    type Meanwhile = (&'static str, fn());
+
     thread_local! {
         static FAILING: RefCell<Option<&'static str>> = const { RefCell::new(None) };
+        static MEANWHILE: RefCell<Option<Meanwhile>> = const { RefCell::new(None) };
+    }
+
+    /// Has something happen when this thread is at the end of `step`, once.
+    pub(crate) fn meanwhile(step: &'static str, what: fn()) {
+        MEANWHILE.set(Some((step, what)));
     }
 
     /// Makes `step` fail in this thread from now on, or none.
@@ -60,6 +69,9 @@ pub(crate) mod tests {
     }
 
     pub(super) fn point(step: &str) -> io::Result<()> {
+        if let Some((_, what)) = MEANWHILE.with_borrow_mut(|meanwhile| meanwhile.take_if(|(at, _)| *at == step)) {
+            what();
+        }
         match FAILING.with_borrow(|failing| *failing == Some(step)) {
             true => Err(io::Error::other(format!("fault injected after {step}"))),
             false => Ok(()),

@@ -16,6 +16,7 @@ use crate::{
     mode::Mode,
     named_net, namespace,
     netlink::{self, Socket},
+    nft,
     policy::{Policy, Rate},
     rules::{self, TAP, WIRE},
     tap::{self, TapOptions},
@@ -40,6 +41,18 @@ impl fmt::Display for Finding {
 impl Finding {
     fn new(what: impl Into<String>, help: impl Into<String>) -> Self {
         Self { what: what.into(), help: help.into() }
+    }
+
+    /// A firewall of the host's: what offshoot's rules accept it may still drop.
+    fn of_chain(nft::BaseChain { family, table, chain }: &nft::BaseChain) -> Self {
+        Self::new(
+            format!(
+                "the host's chain {chain} (nft table {family} {table}) drops what it is not told to forward, packets of forks too"
+            ),
+            format!(
+                "nft 'insert rule {family} {table} {chain} iifname \"ofs*\" accept; insert rule {family} {table} {chain} oifname \"ofs*\" accept'"
+            ),
+        )
     }
 }
 
@@ -126,7 +139,8 @@ fn trial() -> Vec<Finding> {
 #[must_use]
 pub fn risks(mode: Mode) -> Vec<Finding> {
     match mode {
-        Mode::None | Mode::Tap => Vec::new(),
+        Mode::None => Vec::new(),
+        Mode::Tap => nft::chains_that_forward_nothing().unwrap_or_default().iter().map(Finding::of_chain).collect(),
         Mode::User => user_risks().unwrap_or_default(),
     }
 }

@@ -18,12 +18,14 @@ use crate::{
 };
 
 /// A chain without rules that says which layout the table has. Another build's table is replaced.
-const LAYOUT: &str = "layout-2";
+const LAYOUT: &str = "layout-3";
 
 /// The set of nets: pairs of a group with itself.
 const NETS: &str = "nets";
 
 const FILTER: i32 = 0;
+/// After the kernel has looked at connections (-200), and before anybody translates a destination (-100).
+const BEFORE_TRANSLATION: i32 = -150;
 const BEFORE_ROUTING: i32 = -100;
 const AFTER_ROUTING: i32 = 100;
 
@@ -110,6 +112,13 @@ fn add_chains(table: &mut Transaction) {
     }
 
     let from_fork = || Rule::default().group(Meta::InGroup, OURS, false);
+    // The host's addresses as the fork names them: a port of the host that somebody else's rules lead on (a container's published port) comes
+    // by no input chain any more. What a fork answers may go there.
+    table.chain(TABLE, "host-apart", "filter", Hook::Prerouting, BEFORE_TRANSLATION, accept);
+    let answers = connection::ESTABLISHED | connection::RELATED;
+    table.rule(TABLE, "host-apart", from_fork().connection(answers).verdict(accept));
+    table.rule(TABLE, "host-apart", from_fork().destined_here().reject());
+
     table.chain(TABLE, "forward", "filter", Hook::Forward, FILTER, accept);
     let between_forks = || from_fork().group(Meta::OutGroup, OURS, false);
     table.rule(TABLE, "forward", between_forks().groups_in(NETS).verdict(accept));

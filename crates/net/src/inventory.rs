@@ -32,6 +32,8 @@ pub struct Inventory {
     pub wires: BTreeSet<String>,
     /// Held addresses, and by whom.
     pub leases: Vec<(Ipv4Addr, ForkId)>,
+    /// How many addresses the pool has.
+    pub capacity: u64,
     /// Whether the host's table is there.
     pub table: bool,
     unsettled: BTreeSet<ForkId>,
@@ -62,7 +64,8 @@ impl Network {
     /// A directory can not be read; the kernel refuses to list links.
     pub fn inventory(&self) -> Result<Inventory, LinkError> {
         let doing = "listing the networks of forks";
-        let mut found = Inventory { table: host_table::is_there().map_err(step(doing))?, ..Inventory::default() };
+        let table = host_table::is_there().map_err(step(doing))?;
+        let mut found = Inventory { table, capacity: self.pool.capacity(), ..Inventory::default() };
         found.links = record::all(&self.state).map_err(step(doing))?.into_iter().collect();
         found.foreign = found.links.iter().filter(|id| self.is_foreign(id)).cloned().collect();
         let namespaces = state::entries(&self.state.namespaces()).map_err(step(doing))?;
@@ -116,6 +119,14 @@ impl Inventory {
     fn known(&self) -> BTreeSet<ForkId> {
         let leases = self.leases.iter().map(|(_, owner)| owner);
         self.links.iter().chain(&self.namespaces).chain(leases).cloned().collect()
+    }
+
+    /// Whether the host's table is gone, and there is a link that needs it: one that is none of these leftovers, and that nobody is making
+    /// right now.
+    #[must_use]
+    pub fn lacks_rules(&self, leftovers: &BTreeSet<Leftover>) -> bool {
+        let needs = |id: &&ForkId| !self.in_work.contains(*id) && !leftovers.contains(&Leftover::Link((*id).clone()));
+        !self.table && self.links.iter().any(|id| needs(&id))
     }
 
     /// What belongs to none of `owners`, and is not in work: links, and leases whose link was never recorded. Wires without a record are not

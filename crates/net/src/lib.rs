@@ -52,7 +52,7 @@ mod tap;
 mod tests;
 mod user;
 
-pub use ack::{ACK_PORT, AckDatagram, AckSocket, MAX_DATAGRAM};
+pub use ack::{ACK_PORT, AckDatagram, AckSocket, MAX_AT_ONCE, MAX_DATAGRAM};
 pub use address::{Addresses, GATEWAY_MAC, MTU, Pool, PoolError, PoolTextError};
 pub use dns::{Dns, MAX_DNS, Reach, Unreachable};
 pub use error::{LinkError, missing_capability};
@@ -65,5 +65,6 @@ pub use link::{ClosedLink, Network, OpenLink};
 pub use mode::{Mode, ModeError};
 pub use policy::{Egress, Forward, MAX_EGRESS, MAX_FORWARDS, NetName, Policy, PolicyError, Protocol, Rate};
 pub use record::LinkRecord;
+pub use state::since_boot;
 pub use tap::TapOptions;
 pub use user::{RunAs, UserAddresses, UserError, UserLink, UserProcess};

@@ -34,7 +34,7 @@ pub struct Network {
     pub(crate) state: State,
     pub(crate) leases: Leases,
     pub(crate) home: PathBuf,
-    pool: Pool,
+    pub(crate) pool: Pool,
     forward_v6: bool,
 }
 
@@ -119,7 +119,7 @@ impl Network {
         if let Some(capability) = missing_capability() {
             return Err(LinkError::Denied { doing: "making a network link", capability, source: None });
         }
-        let parts = self.parts(id)?;
+        let parts = self.parts(id, Duration::ZERO)?;
         if record::path(&self.state, id).exists() {
             // It is not ours to undo.
             parts.leave();
@@ -141,7 +141,7 @@ impl Network {
     /// Takes up a closed link that was kept, in whichever process that was.
     ///
     /// # Errors
-    /// There is none, it is open, or another process works on it.
+    /// There is none, it is open, or another process works on it and goes on doing so.
     pub fn adopt(&self, id: &ForkId) -> Result<ClosedLink, LinkError> {
         let (parts, record) = self.take_up(id)?;
         if record.policy.is_none() {
@@ -155,7 +155,7 @@ impl Network {
     /// Takes up an open link that was kept, in whichever process that was.
     ///
     /// # Errors
-    /// There is none, it is closed, or another process works on it.
+    /// There is none, it is closed, or another process works on it and goes on doing so.
     pub fn adopt_open(&self, id: &ForkId) -> Result<OpenLink, LinkError> {
         let (parts, record) = self.take_up(id)?;
         if record.policy.is_some() {
@@ -167,7 +167,7 @@ impl Network {
     }
 
     fn take_up(&self, id: &ForkId) -> Result<(Parts, LinkRecord), LinkError> {
-        let parts = self.parts(id)?;
+        let parts = self.parts(id, record::PATIENCE)?;
         match self.read(id) {
             Ok(record) => Ok((parts, record)),
             Err(LinkError::Absent(id)) => {
@@ -209,17 +209,31 @@ impl Network {
     /// # Errors
     /// [`LinkError::Busy`]; a part can not be removed, then the others are and the record stays.
     pub fn remove(&self, id: &ForkId) -> Result<(), LinkError> {
-        let mut parts = self.parts(id)?;
+        let mut parts = self.parts(id, record::PATIENCE)?;
         match parts.lock.take() {
             Some(lock) => self.remove_parts(id, &lock),
             None => Ok(()),
         }
     }
 
-    fn parts(&self, id: &ForkId) -> Result<Parts, LinkError> {
-        let lock = record::lock(&self.state, id).map_err(file("locking", &record::lock_path(&self.state, id)))?;
+    fn parts(&self, id: &ForkId, patience: Duration) -> Result<Parts, LinkError> {
+        let lock =
+            record::lock(&self.state, id, patience).map_err(file("locking", &record::lock_path(&self.state, id)))?;
         let lock = lock.ok_or_else(|| LinkError::Busy(id.clone()))?;
         Ok(Parts { network: self.clone(), id: id.clone(), lock: Some(lock) })
+    }
+
+    /// Writes the host's packet rules again if they are gone and there is a link that needs them; true if they were. Whatever opens a link
+    /// does so too.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub fn restore_rules(&self) -> Result<bool, LinkError> {
+        let doing = "looking for the packet rules";
+        if record::all(&self.state).map_err(step(doing))?.is_empty() || host_table::is_there().map_err(step(doing))? {
+            return Ok(false);
+        }
+        self.ensure_table().map(|()| true)
     }
 
     fn ensure_table(&self) -> Result<(), LinkError> {
@@ -320,6 +334,8 @@ impl Network {
             fault::point("net.rate").map_err(step("limiting the rate"))?;
             rules::open(&record.addresses, policy).map_err(step("opening the link"))
         })?;
+        // Whoever flushed the host's rules since they were looked for did so while this link was closed; from here on it is seen by `doctor`.
+        self.ensure_table()?;
         fault::point("net.opened").map_err(step("opening the link"))
     }
 }

@@ -44,6 +44,12 @@ pub(crate) fn number(state: &State, name: &NetName) -> io::Result<u16> {
     Ok(number)
 }
 
+/// The nets that there are.
+pub(crate) fn names(state: &State) -> io::Result<Vec<NetName>> {
+    let name = |file: String| file.strip_suffix(".json")?.parse().ok();
+    Ok(state::entries(&state.nets())?.into_iter().filter_map(name).collect())
+}
+
 /// The numbers in use.
 pub(crate) fn numbers(state: &State) -> io::Result<Vec<u16>> {
     let mut numbers = Vec::new();
@@ -55,9 +61,11 @@ pub(crate) fn numbers(state: &State) -> io::Result<Vec<u16>> {
 
 /// Forgets a net that no fork but `leaving` is in; its number, if it was forgotten. The lock of the shared parts is held.
 pub(crate) fn forget_unused(state: &State, name: &NetName, leaving: &ForkId) -> io::Result<Option<u16>> {
-    for id in record::all(state)? {
-        let policy = LinkRecord::read(state, &id)?.and_then(|record| record.policy);
-        if id != *leaving && policy.and_then(|policy| policy.net).as_ref() == Some(name) {
+    for id in record::all(state)?.into_iter().filter(|id| id != leaving) {
+        // One whose record can not be read may be in it.
+        let Ok(record) = LinkRecord::read(state, &id) else { return Ok(None) };
+        let policy = record.and_then(|record| record.policy);
+        if policy.and_then(|policy| policy.net).as_ref() == Some(name) {
             return Ok(None);
         }
     }

@@ -24,6 +24,9 @@ use rustix::net::{
 /// Longest datagram read. The kernel's dumps come in parts of at most 32 KiB.
 const MAX_DATAGRAM: usize = 64 * 1024;
 
+/// What fits into a socket's buffer on every host, in bytes: half of what the kernel gives it (`net.core.wmem_default`).
+const SMALL: usize = 100 * 1024;
+
 /// How long the kernel may take for an answer. It waits for locks of its own, which on a loaded host takes a while.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -75,6 +78,10 @@ impl Socket {
 
     /// Sends messages to the kernel, in one datagram.
     pub(crate) fn send(&self, bytes: &[u8]) -> io::Result<()> {
+        if bytes.len() > SMALL {
+            // Packet rules are one datagram, however many ports they have. Who may not do this may not write rules either.
+            rustix::net::sockopt::set_socket_send_buffer_size_force(&self.fd, bytes.len())?;
+        }
         let sent = sendto(&self.fd, bytes, SendFlags::empty(), &SocketAddrNetlink::new(0, 0))?;
         if sent == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
     }

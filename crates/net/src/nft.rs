@@ -7,7 +7,7 @@
 use std::io;
 
 use ipnet::IpNet;
-use netlink_packet_core::{DefaultNla, Emitable, NLA_F_NESTED, NLM_F_ACK, NLM_F_CREATE, NLM_F_REQUEST};
+use netlink_packet_core::{DefaultNla, Emitable, NLA_F_NESTED, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REQUEST};
 
 use crate::netlink::{AfterError, Socket};
 
@@ -372,6 +372,66 @@ pub(crate) fn has_chain(table: &str, chain: &str) -> io::Result<bool> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+/// A chain that packets come through, of whoever's table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct BaseChain {
+    /// As `nft` names it.
+    pub(crate) family: &'static str,
+    pub(crate) table: String,
+    pub(crate) chain: String,
+}
+
+impl BaseChain {
+    /// Reads a chain as the kernel lists it, if it drops what it is to forward and no rule of its decides about.
+    fn that_forwards_nothing(payload: &[u8]) -> Option<Self> {
+        const DROP: [u8; 4] = (Verdict::Drop as u32).to_be_bytes();
+        const FORWARD: [u8; 4] = (Hook::Forward as u32).to_be_bytes();
+        let (head, rest) = payload.split_first_chunk::<4>()?;
+        let family = match head[0] {
+            1 => "inet",
+            2 => "ip",
+            10 => "ip6",
+            _ => return None,
+        };
+        let text = |kind| {
+            let text = attribute(rest, kind)?.strip_suffix(&[0])?;
+            Some(String::from_utf8_lossy(text).chars().filter(|character| !character.is_control()).collect())
+        };
+        if attribute(attribute(rest, 4)?, 1)? != FORWARD || attribute(rest, 5)? != DROP {
+            return None;
+        }
+        Some(Self { family, table: text(1)?, chain: text(3)? })
+    }
+}
+
+/// The value of the first attribute of a kind.
+fn attribute(mut rest: &[u8], wanted: u16) -> Option<&[u8]> {
+    const KIND: u16 = 0x3fff;
+    loop {
+        let (head, _) = rest.split_first_chunk::<4>()?;
+        let length = usize::from(u16::from_ne_bytes([head[0], head[1]]));
+        let kind = u16::from_ne_bytes([head[2], head[3]]) & KIND;
+        let value = rest.get(4..length)?;
+        if kind == wanted {
+            return Some(value);
+        }
+        rest = rest.get(length.next_multiple_of(4)..)?;
+    }
+}
+
+/// The chains in the thread's namespace that drop whatever is to be forwarded and no rule of theirs decides about.
+pub(crate) fn chains_that_forward_nothing() -> io::Result<Vec<BaseChain>> {
+    let mut socket = Socket::netfilter()?;
+    let mut bytes = Vec::new();
+    let sequence = socket.next_sequence();
+    message(&mut bytes, SUBSYSTEM << 8 | GET_CHAIN, NLM_F_DUMP, sequence, (0, 0), &[]);
+    socket.send(&bytes)?;
+    let mut chains = Vec::new();
+    socket
+        .wait_for(sequence, AfterError::Stop, |_, payload| chains.extend(BaseChain::that_forwards_nothing(payload)))?;
+    Ok(chains)
 }
 
 /// Adds one message: netlink's header, nfnetlink's, attributes.

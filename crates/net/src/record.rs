@@ -3,6 +3,8 @@
 use std::{
     io,
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
 use identity::ForkId;
@@ -15,6 +17,12 @@ use crate::{
     state::{self, Locked, State},
     tap::TapOptions,
 };
+
+/// How long whoever works on a link is waited for. A link that is taken up, opened or removed is held for milliseconds; only the one of a
+/// fork that is being made is held for longer, and that is nobody else's.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(2);
+/// How often a lock that is held is tried again: locks of other processes can not be waited for with a deadline in any other way.
+const RETRY: Duration = Duration::from_millis(2);
 
 /// How a link is written down. It is written before anything is made, so what is made is always in it; what is in it may be
 /// not made yet, or removed already.
@@ -76,12 +84,23 @@ pub(crate) fn path(state: &State, id: &ForkId) -> PathBuf {
     state.links().join(format!("{id}.json"))
 }
 
-/// The lock of a fork's link: held while it is made, changed or removed.
-pub(crate) fn lock(state: &State, id: &ForkId) -> io::Result<Option<Locked>> {
+/// The lock of a fork's link: held while it is made, changed or removed. Whoever has it is waited for as long as `patience` says; `None`
+/// if it is still held then.
+pub(crate) fn lock(state: &State, id: &ForkId, patience: Duration) -> io::Result<Option<Locked>> {
     let path = lock_path(state, id);
-    let Some(lock) = Locked::unless_held(&path)? else { return Ok(None) };
-    // Who removed the link removed the file too. Its lock is nobody's then, and another process may hold that of a new file.
-    if lock.is_still(&path)? { Ok(Some(lock)) } else { Ok(None) }
+    let deadline = Instant::now() + patience;
+    loop {
+        // Who removed the link removed the file too. Its lock is nobody's then, and another process may hold that of a new file.
+        if let Some(lock) = Locked::unless_held(&path)?
+            && lock.is_still(&path)?
+        {
+            return Ok(Some(lock));
+        }
+        if Instant::now() >= deadline {
+            return Ok(None);
+        }
+        thread::sleep(RETRY);
+    }
 }
 
 pub(crate) fn lock_path(state: &State, id: &ForkId) -> PathBuf {

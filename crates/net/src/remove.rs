@@ -10,6 +10,7 @@ use crate::{
     link::Network,
     named_net, namespace,
     netlink::{Socket, link},
+    policy::NetName,
     ports,
     record::{self, LinkRecord},
     state::{self, Locked},
@@ -25,10 +26,11 @@ impl Network {
         let policy = known.and_then(|record| record.policy.as_ref());
         let shares = policy.is_some_and(|policy| policy.net.is_some() || !policy.forwards.is_empty());
         let results = [
-            if shares || record.is_err() {
-                self.leave_shared(id, policy.and_then(|policy| policy.net.as_ref()))
-            } else {
-                Ok(())
+            match known {
+                Some(_) if !shares => Ok(()),
+                Some(_) => self.leave_shared(id, policy.and_then(|policy| policy.net.as_ref())),
+                // Without a readable record there is no saying what it had.
+                None => self.leave_all_shared(id),
             },
             // First the way out: what still runs inside reaches nothing any more.
             remove_wire(&record::wire(id)).map_err(step("removing the wire")),
@@ -71,11 +73,24 @@ impl Network {
         mine.try_for_each(|(address, _)| self.leases.give_back_address(address, id))
     }
 
-    fn leave_shared(&self, id: &ForkId, net: Option<&crate::policy::NetName>) -> Result<(), LinkError> {
+    fn leave_shared(&self, id: &ForkId, net: Option<&NetName>) -> Result<(), LinkError> {
         let doing = "removing forwarded ports";
         let _lock = self.state.lock_shared_parts().map_err(step(doing))?;
         ports::release(&self.state, id).map_err(step(doing))?;
-        let Some(net) = net else { return Ok(()) };
+        net.map_or(Ok(()), |net| self.leave_net(id, net))
+    }
+
+    /// Gives up the ports that are in a fork's name, and every net that no other fork is in.
+    fn leave_all_shared(&self, id: &ForkId) -> Result<(), LinkError> {
+        let doing = "removing forwarded ports";
+        let _lock = self.state.lock_shared_parts().map_err(step(doing))?;
+        ports::release(&self.state, id).map_err(step(doing))?;
+        let nets = named_net::names(&self.state).map_err(step("reading the named nets"))?;
+        nets.iter().try_for_each(|net| self.leave_net(id, net))
+    }
+
+    /// The lock of the shared parts is held.
+    fn leave_net(&self, id: &ForkId, net: &NetName) -> Result<(), LinkError> {
         let doing = "leaving the named net";
         let Some(number) = named_net::forget_unused(&self.state, net, id).map_err(step(doing))? else { return Ok(()) };
         match host_table::remove_net(number).commit() {

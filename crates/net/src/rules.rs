@@ -113,13 +113,20 @@ pub(crate) fn open(addresses: &Addresses, policy: &Policy) -> io::Result<()> {
 
     add(Rule::default().connection(connection::INVALID).verdict(Verdict::Drop));
     add(Rule::default().connection(connection::ESTABLISHED | connection::RELATED).verdict(Verdict::Accept));
+    let pools = [Some(IpNet::V4(addresses.pool_v4)), addresses.pool_v6.map(IpNet::V6)];
+    let to_guest = || Rule::default().link(Meta::InName, WIRE).link(Meta::OutName, TAP);
+    if policy.net.is_none() {
+        // The host's table refuses what other forks begin. So does this one, which nothing on the host flushes.
+        for pool in pools.into_iter().flatten() {
+            add(to_guest().address(Side::Source, pool).verdict(Verdict::Drop));
+        }
+    }
     // What the host's table lets through to this fork: from the host, forwarded ports, forks of the same net.
-    add(Rule::default().link(Meta::InName, WIRE).link(Meta::OutName, TAP).verdict(Verdict::Accept));
+    add(to_guest().verdict(Verdict::Accept));
     add(out().connections_over(MAX_CONNECTIONS).reject());
     for range in never() {
         add(out().address(Side::Destination, range).reject());
     }
-    let pools = [Some(IpNet::V4(addresses.pool_v4)), addresses.pool_v6.map(IpNet::V6)];
     for pool in pools.into_iter().flatten() {
         let forks = out().address(Side::Destination, pool);
         // Which forks share the net, the host's table knows.

@@ -195,7 +195,8 @@ pub(crate) fn entries(dir: &Path) -> io::Result<Vec<String>> {
 }
 
 /// Time since the host's boot, sleep included. It is never set back.
-pub(crate) fn since_boot() -> Duration {
+#[must_use]
+pub fn since_boot() -> Duration {
     let now = clock_gettime(ClockId::Boottime);
     Duration::new(u64::try_from(now.tv_sec).unwrap_or(0), u32::try_from(now.tv_nsec).unwrap_or(0))
 }

@@ -341,7 +341,7 @@ const STREAM_WINDOW: u32 = 256 << 10;
 const CONNECTION_WINDOW: u32 = 64 << 20;
 
 /// The first channel that no other process holds, with its lock.
-fn free_channel(dir: &Path) -> Result<Option<(usize, File)>, GuestError> {
+pub(crate) fn free_channel(dir: &Path) -> Result<Option<(usize, File)>, GuestError> {
     for number in 0..CONTROL_CHANNELS {
         let path = dir.join(format!("ctl.{number}.lock"));
         let lock = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path);

@@ -1,13 +1,21 @@
 //! Every step fails in turn, and nothing is left.
 
+use std::time::{Duration, Instant};
+
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
 use super::rig::{TAP, fork, in_a_world_alone};
 use crate::{
-    LinkError, Policy, Rate,
-    fault::{STEPS, tests::fail_at},
-    namespace,
+    Forward, LinkError, Policy, Protocol, Rate,
+    fault::{
+        STEPS,
+        tests::{fail_at, meanwhile},
+    },
+    host_table, namespace,
     netlink::{Socket, link},
+    nft::Transaction,
+    ports::Taken,
+    record,
 };
 
 /// A policy that needs every step.
@@ -110,6 +118,94 @@ fn a_link_is_made_once_and_worked_on_by_one() {
         assert!(matches!(network.adopt(&fork(1)), Err(LinkError::Exists(_))));
         drop(network.adopt_open(&fork(1)).unwrap());
         assert!(matches!(network.read(&fork(1)), Err(LinkError::Absent(_))));
+    });
+}
+
+#[test]
+fn a_link_that_somebody_is_about_to_let_go_is_waited_for() {
+    in_a_world_alone("tests::faults::a_link_that_somebody_is_about_to_let_go_is_waited_for", |world| {
+        let network = world.network();
+        for remove in [false, true] {
+            let link = network.prepare(&fork(1), TAP).unwrap();
+            std::thread::scope(|scope| {
+                let holder = scope.spawn(move || {
+                    std::thread::sleep(Duration::from_millis(300));
+                    link.keep()
+                });
+                let started = Instant::now();
+                if remove {
+                    network.remove(&fork(1)).unwrap();
+                } else {
+                    drop(network.adopt(&fork(1)).unwrap());
+                }
+                assert!(started.elapsed() >= Duration::from_millis(250), "it was held");
+                holder.join().unwrap();
+            });
+            assert!(matches!(network.read(&fork(1)), Err(LinkError::Absent(_))));
+        }
+    });
+}
+
+#[test]
+fn a_link_without_its_record_gives_up_its_ports_and_its_net_too() {
+    in_a_world_alone("tests::faults::a_link_without_its_record_gives_up_its_ports_and_its_net_too", |world| {
+        let network = world.network();
+        // Another fork's stay, also where nobody can say what the first one had.
+        let other = Policy {
+            net: Some("db".parse().unwrap()),
+            forwards: vec!["8081:80".parse().unwrap()],
+            ..Policy::default()
+        };
+        let _other = network.prepare(&fork(1), TAP).unwrap().open(other).unwrap();
+        let before = world.everything(&network);
+        for torn in [None, Some("{")] {
+            let _ = network.prepare(&fork(2), TAP).unwrap().open(full()).unwrap().keep();
+            let path = record::path(&network.state, &fork(2));
+            match torn {
+                None => std::fs::remove_file(&path).unwrap(),
+                Some(text) => std::fs::write(&path, text).unwrap(),
+            }
+            network.remove(&fork(2)).unwrap();
+            assert_eq!(world.everything(&network), before, "{torn:?}");
+        }
+        drop(network.prepare(&fork(3), TAP).unwrap().open(full()).unwrap());
+    });
+}
+
+#[test]
+fn a_link_that_is_opened_while_somebody_flushes_the_hosts_rules_has_them_all_the_same() {
+    in_a_world_alone(
+        "tests::faults::a_link_that_is_opened_while_somebody_flushes_the_hosts_rules_has_them_all_the_same",
+        |world| {
+            let network = world.network();
+            let link = network.prepare(&fork(1), TAP).unwrap();
+            meanwhile("net.shared", || host_table::remove().unwrap());
+            let _link = link.open(full()).unwrap();
+            assert!(host_table::is_there().unwrap());
+            // What is flushed later is seen, and restored as long as a link needs it.
+            assert!(!network.restore_rules().unwrap());
+            host_table::remove().unwrap();
+            assert!(!network.inventory().unwrap().table);
+            assert!(network.restore_rules().unwrap() && network.inventory().unwrap().table);
+            network.remove(&fork(1)).unwrap_err();
+            host_table::remove().unwrap();
+            drop(_link);
+            assert!(!network.restore_rules().unwrap(), "nobody needs them");
+        },
+    );
+}
+
+#[test]
+fn more_rules_than_a_sockets_buffer_holds_are_one_transaction() {
+    in_a_world_alone("tests::faults::more_rules_than_a_sockets_buffer_holds_are_one_transaction", |_| {
+        host_table::make_empty().unwrap();
+        let mut table = Transaction::default();
+        for host in 1..=8000 {
+            let forward = Forward { protocol: Protocol::Tcp, host, guest: 80 };
+            let (v4, v6) = (std::net::Ipv4Addr::new(10, 0, 0, 1), Some(std::net::Ipv6Addr::LOCALHOST));
+            host_table::add_port(&mut table, &Taken { owner: fork(1), forward, v4, v6 });
+        }
+        table.commit().unwrap();
     });
 }
 

@@ -4,6 +4,7 @@ use std::{
     collections::BTreeSet,
     os::unix::process::ExitStatusExt,
     process::{Command, Stdio},
+    thread,
 };
 
 use super::rig::{TAP, fork, in_a_world_alone};
@@ -112,6 +113,75 @@ fn as_a_process_that_is_killed() {
         };
         let _ = network.prepare(&fork(2), TAP).unwrap().open(policy).unwrap().keep();
     }
+}
+
+const AT_ONCE: &str = "OFFSHOOT_TEST_LINKS";
+
+/// Links for the forks from `first` on, each made and opened in a thread of its own.
+fn link_at_once(network: &Network, first: u32, count: u32) {
+    thread::scope(|scope| {
+        for number in first..first + count {
+            scope.spawn(move || {
+                let policy = Policy {
+                    net: Some(format!("net-{}", number % 5).parse().unwrap()),
+                    forwards: vec![format!("{}:80", 9000 + number).parse().unwrap()],
+                    ..Policy::default()
+                };
+                let _ = network.prepare(&fork(number), TAP).unwrap().open(policy).unwrap().keep();
+            });
+        }
+    });
+}
+
+/// The part of another process in the test below. By itself it does nothing.
+#[test]
+fn as_a_process_that_makes_links() {
+    if let Ok(value) = std::env::var(AT_ONCE) {
+        let (first, dir) = value.split_once(' ').unwrap();
+        let network = Network::open(dir.as_ref(), Pool::default(), DEFAULT_PAUSE).unwrap();
+        link_at_once(&network, first.parse().unwrap(), 16);
+    }
+}
+
+#[test]
+fn i11_sixty_four_links_made_at_once_by_four_processes_do_not_collide_and_go_at_once() {
+    in_a_world_alone(
+        "tests::leftovers::i11_sixty_four_links_made_at_once_by_four_processes_do_not_collide_and_go_at_once",
+        |world| {
+            let network = world.network();
+            drop(network.prepare(&fork(100), TAP).unwrap());
+            let before = world.everything(&network);
+            let other = |first: u32| {
+                let mut process = Command::new(std::env::current_exe().unwrap());
+                process.args(["--exact", "tests::leftovers::as_a_process_that_makes_links"]);
+                process.env(AT_ONCE, format!("{first} {}", world.path("net").display()));
+                process.stdout(Stdio::null()).spawn().unwrap()
+            };
+            let others = [0, 16, 32].map(other);
+            link_at_once(&network, 48, 16);
+            for mut other in others {
+                assert!(other.wait().unwrap().success());
+            }
+            let all: Vec<u32> = (0..64).collect();
+            let found = network.inventory().unwrap();
+            assert_eq!((found.links.clone(), found.namespaces), (owners(&all), owners(&all)));
+            assert_eq!((found.wires.len(), found.leases.len(), found.in_work.len()), (64, 64, 0));
+            let records: Vec<_> = found.links.iter().map(|id| network.read(id).unwrap().addresses).collect();
+            let macs: BTreeSet<_> = records.iter().map(|addresses| addresses.mac.octets()).collect();
+            let v4: BTreeSet<_> = records.iter().map(|addresses| addresses.v4).collect();
+            assert_eq!((macs.len(), v4.len()), (64, 64));
+            // Each is whole: its tap can be opened, which an open link's can once.
+            let taps: Vec<_> = all.iter().map(|&number| network.tap(&fork(number)).unwrap()).collect();
+            drop(taps);
+            thread::scope(|scope| {
+                for &number in &all {
+                    let network = &network;
+                    scope.spawn(move || network.remove(&fork(number)).unwrap());
+                }
+            });
+            assert_eq!(world.everything(&network), before);
+        },
+    );
 }
 
 #[test]

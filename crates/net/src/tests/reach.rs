@@ -2,14 +2,18 @@
 
 use std::{
     io,
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     time::{Duration, Instant},
 };
 
 use super::rig::{
     HOST, HOST_V6, OTHER, OTHER_V6, OUTSIDE, OUTSIDE_V6, TAP, answer_on, call, call_from, fork, in_a_world, serve,
 };
-use crate::{Egress, Forward, LinkError, Policy, Rate, rules::MAX_CONNECTIONS};
+use crate::{
+    Egress, Forward, LinkError, Mode, Policy, Rate,
+    nft::{Hook, Rule, SetForm, Transaction, Verdict},
+    rules::MAX_CONNECTIONS,
+};
 
 fn net(name: &str) -> Policy {
     Policy { net: Some(name.parse().unwrap()), ..Policy::default() }
@@ -152,6 +156,82 @@ fn n1_egress_is_nothing_or_a_list() {
         assert!(call_from(&listed.namespace, server).is_err());
         assert!(call_from(&listed.namespace, other).is_ok());
         assert!(call_from(&sly.namespace, at_host).is_err());
+    });
+}
+
+/// As a container's published port: whoever calls the host's port is led on to somebody behind it.
+fn publish(port: u16, to: SocketAddr) {
+    const TABLE: &str = "containers";
+    let IpAddr::V4(address) = to.ip() else { panic!("IPv4") };
+    let mut table = Transaction::default();
+    table.table(TABLE);
+    let form = SetForm { key_size: 2, data_size: Some(8), key_type: 0, data_type: 0 };
+    table.set(TABLE, "published", 1, form);
+    let value = [&address.octets()[..], &to.port().to_be_bytes(), &[0, 0]].concat();
+    table.element(TABLE, "published", &port.to_be_bytes(), Some(&value));
+    table.chain(TABLE, "prerouting", "nat", Hook::Prerouting, -100, Verdict::Accept);
+    let rule = Rule::default().family(false).transport(6).destined_here().forward_by("published", false);
+    table.rule(TABLE, "prerouting", rule);
+    table.commit().unwrap();
+}
+
+#[test]
+fn n1_a_port_of_the_host_that_others_lead_on_is_out_of_a_forks_reach_too() {
+    in_a_world(|world| {
+        let outside = world.outside();
+        let network = world.network();
+        let (_one, guest) = world.open(&network, 1, forwards(&["8080:80"]));
+        serve(&guest.namespace, (guest.v4(), 80));
+        publish(8088, serve(&outside, (OUTSIDE, 80)));
+        let refused = call_from(&guest.namespace, (HOST, 8088)).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::HostUnreachable, "it is told");
+        assert!(call_from(&guest.namespace, (OUTSIDE, 80)).is_ok(), "the outside it reaches under its own name");
+        // What it answers to the host and to who came by its port passes.
+        assert_eq!(call((guest.v4(), 80)).unwrap(), HOST);
+        assert_eq!(call_from(&outside, (HOST, 8080)).unwrap(), OUTSIDE);
+        // The check can fail: it is offshoot's rules that keep it from there.
+        crate::host_table::remove().unwrap();
+        world.route_from(&outside, guest.v4());
+        assert!(call_from(&guest.namespace, (HOST, 8088)).is_ok());
+    });
+}
+
+#[test]
+fn n1_a_fork_of_no_net_is_out_of_other_forks_reach_also_without_the_hosts_rules() {
+    in_a_world(|world| {
+        world.outside();
+        let network = world.network();
+        let (_a, first) = world.open(&network, 1, net("web"));
+        let (_b, second) = world.open(&network, 2, net("web"));
+        let (_c, alone) = world.open(&network, 3, Policy::default());
+        let at_second = serve(&second.namespace, (second.v4(), 80));
+        let at_alone = serve(&alone.namespace, (alone.v4(), 80));
+        crate::host_table::remove().unwrap();
+        assert!(call_from(&first.namespace, at_alone).is_err());
+        assert_eq!(call_from(&first.namespace, at_second).unwrap(), first.v4(), "the check can fail");
+        assert!(network.restore_rules().unwrap());
+        assert!(call(at_alone).is_ok());
+    });
+}
+
+#[test]
+fn n1_a_firewall_of_the_host_that_drops_what_is_forwarded_is_a_risk_with_a_name() {
+    in_a_world(|world| {
+        let outside = world.outside();
+        let server = serve(&outside, (OUTSIDE, 80));
+        let (_link, guest) = world.open(&world.network(), 1, Policy::default());
+        assert!(call_from(&guest.namespace, server).is_ok());
+        assert_eq!(crate::risks(Mode::Tap), []);
+        let mut table = Transaction::default();
+        table.table("firewall");
+        table.chain("firewall", "input", "filter", Hook::Input, 0, Verdict::Drop);
+        table.chain("firewall", "FORWARD", "filter", Hook::Forward, 0, Verdict::Drop);
+        table.commit().unwrap();
+        assert!(call_from(&guest.namespace, server).is_err());
+        let risks = crate::risks(Mode::Tap);
+        let [risk] = &risks[..] else { panic!("{risks:?}") };
+        assert!(risk.what.contains("FORWARD (nft table inet firewall)"), "{risk}");
+        assert!(risk.help.contains("insert rule inet firewall FORWARD iifname \"ofs*\" accept"), "{risk}");
     });
 }
 

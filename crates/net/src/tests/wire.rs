@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use identity::MacAddress;
 
 use super::rig::{Guest, HOST, OUTSIDE, Sniffer, TAP, UPLINK, call_from, contains, fork, in_a_world, serve};
-use crate::{ACK_PORT, MAX_DATAGRAM, Policy};
+use crate::{ACK_PORT, MAX_AT_ONCE, MAX_DATAGRAM, Policy};
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(5)
@@ -84,6 +84,38 @@ fn n2_an_acknowledgement_passes_a_closed_link_and_is_confirmed() {
         let (length, from) = sent.recv_from(&mut answer).unwrap();
         assert_eq!((&answer[..length], from.ip()), (&b"confirmed"[..], gateway.into()));
         assert_eq!(second.receive(never()).unwrap(), None);
+    });
+}
+
+#[test]
+fn n2_a_flood_of_acknowledgements_is_taken_a_part_at_a_time() {
+    in_a_world(|world| {
+        let link = world.network().prepare(&fork(1), TAP).unwrap();
+        let acks = link.ack_socket().unwrap();
+        let guest = Guest::start(world, &link);
+        let gateway = link.record().addresses.gateway_v4;
+        let sent = guest.send(guest.v4(), (gateway, ACK_PORT), b"flood").unwrap();
+        assert!(acks.receive(soon()).unwrap().is_some());
+        // Those that are dropped count as well: they cost as much to look at.
+        let flood = MAX_AT_ONCE + 10;
+        guest
+            .within(|| {
+                (0..flood).try_for_each(|number| {
+                    let bytes: &[u8] = if number % 2 == 0 { b"flood" } else { &[b'x'; MAX_DATAGRAM + 1] };
+                    sent.send_to(bytes, (gateway, ACK_PORT)).map(drop)
+                })
+            })
+            .unwrap();
+        let (mut turns, mut good, deadline) = (Vec::new(), 0, soon());
+        while good < flood / 2 {
+            assert!(Instant::now() < deadline, "{turns:?}");
+            let taken = acks.take().unwrap().len();
+            good += taken;
+            turns.push(taken);
+            std::thread::yield_now();
+        }
+        assert!(turns.iter().all(|taken| *taken <= MAX_AT_ONCE / 2 + 1), "{turns:?}");
+        assert_eq!(acks.take().unwrap(), []);
     });
 }
 

@@ -1,6 +1,6 @@
 //! The last way to configure a fork's network: the commands that a person would type.
 
-use std::path::Path;
+use std::{path::Path, time::Instant};
 
 use identity::Network as Section;
 
@@ -10,9 +10,9 @@ use crate::guest::{GuestChannel, GuestError};
 /// How commands in the guest call the card: the only one that a guest of ours has.
 const CARD: &str = "eth0";
 
-/// Runs them in the guest, up to the first that fails.
-pub(super) fn run(dir: &Path, section: &Section) -> Result<(), GuestError> {
-    in_guest(async {
+/// Runs them in the guest, up to the first that fails, until `deadline` at the latest.
+pub(super) fn run(dir: &Path, section: &Section, deadline: Instant) -> Result<(), GuestError> {
+    in_guest(deadline, async {
         let mut guest = GuestChannel::connect(dir, RECONFIGURE_LIMIT).await?;
         for command in commands(section) {
             let text = command.join(" ");

@@ -18,7 +18,7 @@ mod user;
 use std::{
     net::{IpAddr, SocketAddr},
     path::Path,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use identity::{ForkId, Inet, Network as Section, NetworkError as SectionError, Tag};
@@ -99,9 +99,9 @@ impl Troubles {
         self.0.push(format!("{why}; {what}: {end}"));
     }
 
-    /// Has the fork configure its network again.
-    fn reconfigure(&mut self, dir: &Path, id: &ForkId, section: &Section, why: &str) -> bool {
-        let done = in_guest(async {
+    /// Has the fork configure its network again, until `deadline` at the latest.
+    fn reconfigure(&mut self, dir: &Path, id: &ForkId, section: &Section, why: &str, deadline: Instant) -> bool {
+        let done = in_guest(deadline, async {
             let mut guest = GuestChannel::connect(dir, RECONFIGURE_LIMIT).await?;
             guest.reconfigure_network(id, section.to_bytes(), RECONFIGURE_LIMIT).await
         });
@@ -110,10 +110,16 @@ impl Troubles {
         done.is_ok()
     }
 
-    /// Has a fork that waits for its network configure it again, a few times.
-    fn help(&mut self, arrival: &Arrival<'_>, section: &Section, why: &str) -> Result<(), NetworkError> {
+    /// Has a fork that waits for its network configure it again, a few times, until `deadline` at the latest.
+    fn help(
+        &mut self,
+        arrival: &Arrival<'_>,
+        section: &Section,
+        why: &str,
+        deadline: Instant,
+    ) -> Result<(), NetworkError> {
         for _ in 0..RECONFIGURE_TRIES {
-            if self.reconfigure(arrival.dir, arrival.id, section, why) {
+            if self.reconfigure(arrival.dir, arrival.id, section, why, deadline) {
                 return Ok(());
             }
         }
@@ -121,10 +127,16 @@ impl Troubles {
     }
 }
 
-/// Runs what talks to a guest, on a thread that has no runtime.
-fn in_guest<T>(future: impl Future<Output = Result<T, GuestError>>) -> Result<T, GuestError> {
+/// Runs what talks to a guest, on a thread that has no runtime, and gives it up at `deadline`: each step of it has a limit of its own, and a guest
+/// that answers none of them would make many of these.
+fn in_guest<T>(deadline: Instant, future: impl Future<Output = Result<T, GuestError>>) -> Result<T, GuestError> {
+    let limit = deadline.saturating_duration_since(Instant::now());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(future)
+    let limited = async { tokio::time::timeout(limit, future).await.unwrap_or(Err(GuestError::Timeout(limit))) };
+    let done = runtime.block_on(limited);
+    // What it left undone is not waited for.
+    runtime.shutdown_background();
+    done
 }
 
 /// What a fork by tap is told.
@@ -157,4 +169,30 @@ pub(crate) fn section(
     };
     section.check()?;
     Ok(section)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn f9_a_guest_that_does_not_answer_holds_nobody_longer_than_the_deadline() {
+        let started = Instant::now();
+        let limit = Duration::from_millis(100);
+        let silent = std::future::pending::<Result<(), GuestError>>();
+        assert!(matches!(in_guest(started + limit, silent), Err(GuestError::Timeout(_))));
+        // Its channels are there, and all are taken.
+        let dir = tempfile::tempdir().unwrap();
+        let id = ForkId::parse(&"a".repeat(20)).unwrap();
+        let section = section(&UserAddresses::of(&id), &[], None).unwrap();
+        let held: Vec<_> = std::iter::from_fn(|| crate::guest::free_channel(dir.path()).unwrap()).collect();
+        let mut troubles = Troubles::default();
+        for _ in 0..RECONFIGURE_TRIES {
+            assert!(!troubles.reconfigure(dir.path(), &id, &section, "a test", started + 2 * limit));
+        }
+        assert!(commands::run(dir.path(), &section, started + 3 * limit).is_err());
+        assert!(started.elapsed() < RECONFIGURE_LIMIT, "{:?}: {troubles:?}", started.elapsed());
+        drop(held);
+    }
 }

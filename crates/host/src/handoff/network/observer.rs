@@ -1,7 +1,9 @@
 //! Waiting for the network of a fork that is published already, in a process of its own.
 //!
 //! It is started before the fork is published and told the fork's key then, through a pipe: if the fork is not made, the pipe ends and so does
-//! it. It waits no longer than it was told to. What it found is in the fork's directory; a fork that is killed meanwhile ends it.
+//! it. It waits no longer than it was told to, which the fork's record says as well: should it end before, the network has failed when that time is
+//! up, and the next command that needs the fork, or `cleanup`, does what is to be done then. What it found is in the fork's directory; a fork that is killed
+//! meanwhile ends it.
 
 use std::{
     io::{self, Read, Write},
@@ -26,7 +28,8 @@ use crate::{
     acks::Waiter,
     forks,
     home::Home,
-    network::{self, NetworkState, OnFailure, Outcome, Way},
+    network::{self, NetworkState, OnFailure, Outcome, Wait, Way},
+    operation::Operation,
     record::{self, ForkRecord},
 };
 
@@ -57,14 +60,12 @@ pub struct Task {
     id: ForkId,
     /// The identity mailbox's key.
     key: AckKey,
-    millis: u64,
-    on_failure: OnFailure,
+    wait: Wait,
 }
 
 impl Task {
-    pub(super) fn new(id: &ForkId, key: &AckKey, limit: Duration, on_failure: OnFailure) -> Self {
-        let millis = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
-        Self { id: id.clone(), key: key.clone(), millis, on_failure }
+    pub(super) fn new(id: &ForkId, key: &AckKey, wait: Wait) -> Self {
+        Self { id: id.clone(), key: key.clone(), wait }
     }
 
     /// Reads a task; none if the fork was not made after all.
@@ -123,7 +124,12 @@ pub fn observe(home: &Home, task: &Task) -> Result<(), NetworkError> {
     let (socket, section) = (socket?, tap_section(&addresses, &dns)?);
     let mut observation = Observation::new(home, &fork, &socket, &section, task);
     let outcome = match observation.wait().map_err(failed)? {
-        End::Gone => return Ok(()),
+        End::Gone => {
+            note_end(&forks::dir(home, &fork), observation.troubles.0);
+            return Ok(());
+        }
+        // The host may have slept meanwhile.
+        End::Acked(_) if !task.wait.may_open() => (NetworkState::Failed, None),
         End::Acked(way) => match network.adopt(&task.id).and_then(|link| link.open(policy(&fork))) {
             Ok(link) => {
                 let _ = link.keep();
@@ -138,12 +144,22 @@ pub fn observe(home: &Home, task: &Task) -> Result<(), NetworkError> {
     };
     let outcome = Outcome { state: outcome.0, way: outcome.1, troubles: observation.troubles.0 };
     let noted = outcome.write(&forks::dir(home, &fork));
-    if outcome.state == NetworkState::Failed && task.on_failure == OnFailure::Kill {
+    if outcome.state == NetworkState::Failed && task.wait.on_failure == OnFailure::Kill {
         // What can not be ended is found by `cleanup`.
         let _ = forks::kill(home, &fork);
         return Ok(());
     }
     Ok(noted.map_err(failed)?)
+}
+
+/// Of a fork whose machine has ended the network has failed. One that somebody is ending has no record for long.
+fn note_end(dir: &Path, mut troubles: Vec<String>) {
+    let Ok(Some(_operation)) = Operation::begin(dir, false) else { return };
+    if record::read(dir).is_ok() {
+        troubles.push("the fork's machine ended before it was acknowledged".into());
+        // What can not be noted is known when the time is up.
+        let _ = Outcome { state: NetworkState::Failed, way: None, troubles }.write(dir);
+    }
 }
 
 fn policy(fork: &ForkRecord) -> net::Policy {
@@ -164,7 +180,7 @@ struct Observation<'a> {
     section: &'a Section,
     waiter: Waiter,
     key: AckKey,
-    deadline: Instant,
+    limit: Wait,
     troubles: Troubles,
 }
 
@@ -179,7 +195,7 @@ impl<'a> Observation<'a> {
             section,
             waiter: Waiter::new(fork.id.clone(), keys),
             key,
-            deadline: Instant::now() + Duration::from_millis(task.millis),
+            limit: task.wait,
             troubles: Troubles::default(),
         }
     }
@@ -188,28 +204,27 @@ impl<'a> Observation<'a> {
         let mut ways = [Way::Reconfigured, Way::Commands].into_iter();
         let (mut way, mut next) = (Way::Datagram, Instant::now() + NEXT_WAY);
         loop {
-            while let Some(datagram) = self.socket.take()? {
+            for datagram in self.socket.take()? {
                 let Some(ack) = self.waiter.check(&datagram.bytes) else { continue };
                 if let Some(answer) = answer(&ack, &datagram.bytes, Some(&self.key)) {
                     let _ = self.socket.confirm(&datagram, answer.as_bytes());
                     return Ok(End::Acked(way));
                 }
             }
-            let now = Instant::now();
             if !self.fork.process.is_alive() {
                 return Ok(End::Gone);
             }
-            if now >= self.deadline {
+            if self.limit.left().is_zero() {
                 return Ok(End::Late);
             }
-            if now >= next {
+            if Instant::now() >= next {
                 if let Some(another) = ways.next() {
                     way = another;
                     self.help(way);
                 }
                 next = Instant::now() + NEXT_WAY;
             }
-            let left = self.deadline.min(next).saturating_duration_since(Instant::now()).min(LOOK);
+            let left = self.limit.left().min(next.saturating_duration_since(Instant::now())).min(LOOK);
             let left = Timespec::try_from(left).map_err(io::Error::other)?;
             match poll(&mut [PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN)], Some(&left)) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -220,9 +235,10 @@ impl<'a> Observation<'a> {
 
     fn help(&mut self, way: Way) {
         let (dir, why) = (forks::dir(self.home, self.fork), "no ack came over the network");
+        let deadline = Instant::now() + self.limit.left();
         match way {
-            Way::Commands => self.troubles.note(why, "ip", &commands::run(&dir, self.section)),
-            _ => drop(self.troubles.reconfigure(&dir, &self.fork.id, self.section, why)),
+            Way::Commands => self.troubles.note(why, "ip", &commands::run(&dir, self.section, deadline)),
+            _ => drop(self.troubles.reconfigure(&dir, &self.fork.id, self.section, why, deadline)),
         }
     }
 }
@@ -235,14 +251,31 @@ mod tests {
     #[test]
     fn a_task_survives_its_pipe_and_shows_nothing() {
         let (id, key) = (ForkId::parse(&"a".repeat(20)).unwrap(), AckKey::new([0xab; 32]));
-        let task = Task::new(&id, &key, Duration::from_secs(3), OnFailure::Keep);
+        let task = Task::new(&id, &key, Wait::of(Duration::from_secs(3), OnFailure::Keep));
         assert!(!format!("{task:?}").contains("abab"));
         let text = serde_json::to_vec(&task).unwrap();
         let read = Task::read(text.as_slice()).unwrap().unwrap();
-        assert_eq!((read.key.expose(), read.millis), (key.expose(), 3000));
+        assert_eq!((read.key.expose(), read.wait), (key.expose(), task.wait));
         assert!(Task::read(&b""[..]).unwrap().is_none(), "the fork was not made");
         for bad in [&b"{"[..], b"{}", &text[..text.len() - 1]] {
             assert!(Task::read(bad).is_err());
         }
+    }
+
+    #[test]
+    fn a_machine_that_ended_is_noted_unless_somebody_is_ending_the_fork() {
+        let dir = tempfile::tempdir().unwrap();
+        let outcome = || record::read_json::<Outcome>(&dir.path().join("network.json"));
+        note_end(&dir.path().join("gone"), Vec::new());
+        note_end(dir.path(), Vec::new());
+        assert!(outcome().is_err(), "there is no record");
+        record::write_json(dir.path(), record::RECORD, &network::tests::waited_for(1, OnFailure::Kill)).unwrap();
+        let ending = Operation::begin(dir.path(), false).unwrap();
+        note_end(dir.path(), Vec::new());
+        assert!(outcome().is_err(), "somebody is ending it");
+        drop(ending);
+        note_end(dir.path(), vec!["first".into()]);
+        let outcome = outcome().unwrap();
+        assert_eq!((outcome.state, outcome.troubles.len()), (NetworkState::Failed, 2));
     }
 }

@@ -26,7 +26,7 @@ use super::{
 use crate::{
     fork::ForkError,
     handoff::{Arrival, Draft, End, Handoff},
-    network::{Mode, NetworkReport, NetworkRequest, NetworkState, Way},
+    network::{Mode, NetworkReport, NetworkRequest, NetworkState, Wait, Way},
     record::ForkRecord,
 };
 
@@ -58,6 +58,7 @@ pub(crate) struct TapHandoff<'a> {
     acked_micros: Option<u64>,
     troubles: Troubles,
     observer: Option<Observer>,
+    until: Option<Wait>,
 }
 
 impl<'a> TapHandoff<'a> {
@@ -75,6 +76,7 @@ impl<'a> TapHandoff<'a> {
             acked_micros: None,
             troubles: Troubles::default(),
             observer: None,
+            until: None,
         }
     }
 
@@ -101,21 +103,19 @@ impl<'a> TapHandoff<'a> {
         Ok(())
     }
 
-    /// Takes datagrams that are there. True once a good one was.
+    /// Takes some of the datagrams that are there. True once a good one was.
     fn take_datagrams(&self, arrival: &mut Arrival<'_>) -> Result<bool, NetworkError> {
         let Some(socket) = &self.acks else { return Ok(false) };
         let failed = |source| LinkError::Step { doing: "waiting for acknowledgements", source };
-        let mut good = false;
-        while let Some(datagram) = socket.take().map_err(failed)? {
+        for datagram in socket.take().map_err(failed)? {
             let Some(ack) = arrival.waiter.check(&datagram.bytes) else { continue };
             if let Some(answer) = answer(&ack, &datagram.bytes, arrival.waiter.key(&MailboxName::identity())) {
-                good = true;
                 // Lost, it is sent again, and so is the datagram.
                 let _ = socket.confirm(&datagram, answer.as_bytes());
-                break;
+                return Ok(true);
             }
         }
-        Ok(good)
+        Ok(false)
     }
 
     fn wait(&mut self, arrival: &mut Arrival<'_>) -> Result<(), ForkError> {
@@ -140,7 +140,9 @@ impl<'a> TapHandoff<'a> {
             }
             if let Some(later) = self.request.later.as_ref().filter(|_| is_applied) {
                 let key = arrival.waiter.key(&identity).ok_or_else(no_fork)?;
-                let task = Task::new(arrival.id, key, self.request.timeout(), later.on_failure);
+                let wait = Wait::of(self.request.timeout(), later.on_failure);
+                self.until = Some(wait);
+                let task = Task::new(arrival.id, key, wait);
                 self.observer = Some(Observer::start(&later.program, task).map_err(|source| ForkError::State {
                     step: "starting what waits for the fork's network",
                     source,
@@ -150,7 +152,7 @@ impl<'a> TapHandoff<'a> {
             if let Some(reason) = arrival.waiter.take_network_pending() {
                 way = Way::Reconfigured;
                 let section = self.section.as_ref().ok_or_else(no_fork)?;
-                self.troubles.help(arrival, section, &reason)?;
+                self.troubles.help(arrival, section, &reason, Instant::now() + self.request.timeout())?;
             }
             let now = Instant::now();
             let limit = self.request.timeout();
@@ -171,8 +173,10 @@ impl<'a> TapHandoff<'a> {
                             let why = "no ack came over the network";
                             let section = self.section.as_ref().ok_or_else(no_fork)?;
                             match way {
-                                Way::Commands => self.troubles.note(why, "ip", &commands::run(arrival.dir, section)),
-                                _ => drop(self.troubles.reconfigure(arrival.dir, arrival.id, section, why)),
+                                Way::Commands => {
+                                    self.troubles.note(why, "ip", &commands::run(arrival.dir, section, *deadline));
+                                }
+                                _ => drop(self.troubles.reconfigure(arrival.dir, arrival.id, section, why, *deadline)),
                             }
                         }
                         *next = Instant::now() + NEXT_WAY;
@@ -264,6 +268,7 @@ impl<'a> Handoff<'a> for TapHandoff<'a> {
             way: self.way,
             acked_micros: self.acked_micros,
             troubles: std::mem::take(&mut self.troubles.0),
+            wait: self.until,
             process: None,
         });
     }

@@ -72,7 +72,7 @@ impl<'a> Handoff<'a> for UserHandoff<'a> {
         while arrival.waiter.received(&MailboxName::identity()).is_none() {
             if let (Some(reason), Some(section)) = (arrival.waiter.take_network_pending(), &self.section) {
                 self.way = Way::Reconfigured;
-                self.troubles.help(arrival, section, &reason)?;
+                self.troubles.help(arrival, section, &reason, Instant::now() + self.request.timeout())?;
             }
             arrival.waiter.wait(arrival.stream, None, None)?;
         }
@@ -99,6 +99,7 @@ impl<'a> Handoff<'a> for UserHandoff<'a> {
             way: Some(self.way),
             acked_micros: self.acked_micros,
             troubles: std::mem::take(&mut self.troubles.0),
+            wait: None,
             process: self.process,
         });
     }
