@@ -457,7 +457,10 @@ pub struct Route {
     /// How long a request waits for a fork that does not run as itself yet; 0 is not at all
     #[arg(long, value_name = "S", default_value = "10", value_parser = values::seconds_or_none, allow_negative_numbers = true)]
     pub hold: Duration,
-    /// Most connections at once; those above it get 503
+    /// How long a fork may take to begin its answer, after the last byte of the request; 0 is as long as it likes
+    #[arg(long, value_name = "S", default_value = "300", value_parser = values::seconds_or_none, allow_negative_numbers = true)]
+    pub answer_timeout: Duration,
+    /// Most connections at once; those above it get 503, and so do those above half of it to one fork
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub max_connections: u32,
     /// How long requests may go on once it is asked to end
