@@ -163,7 +163,7 @@ test_in_rig() {
     # Half of them by time, and those together that share what takes long to build. Without the daemon's: it is the same whatever the engine, and
     # its tests use programs that the rig does not have. Without those of the router and of the audit, which know no engine. Without those of the browser and of Node, whose packages are not fetched for it. And without those that break standby off at each of its steps: what undoes it is the
     # same, too, and they take as long as a quarter of all others.
-    all=$("$tests" --list | sed -n 's/: test$//p' | grep -v -e '^api[a-z_]*::' -e '^\(audit\|browser\|node\|route\)::' -e '^\(standby\|branch\)::o2_')
+    all=$("$tests" --list | sed -n 's/: test$//p' | grep -v -e '^\(api\|route\)[a-z_]*::' -e '^\(audit\|browser\|node\)::' -e '^\(standby\|branch\)::o2_')
     half='^\(adversary\|branch\|eval\|generation\|identity\|idle\|isolation\|pool\|network[a-z_]*\)::'
     codes=$(mktemp -d)
     for part in 1 2; do
