@@ -118,7 +118,7 @@ fn waits(fork: &ForkName, what: &Waiting) -> String {
 fn status_of(error: &GuestError) -> StatusCode {
     match error {
         GuestError::NoListener(_) | GuestError::Busy | GuestError::Held(_) => StatusCode::SERVICE_UNAVAILABLE,
-        GuestError::Timeout(_) | GuestError::Stalled(_) => StatusCode::GATEWAY_TIMEOUT,
+        GuestError::Timeout(_) | GuestError::NotTaken(_) | GuestError::Stalled(_) => StatusCode::GATEWAY_TIMEOUT,
         _ => StatusCode::BAD_GATEWAY,
     }
 }

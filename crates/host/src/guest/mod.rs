@@ -87,6 +87,11 @@ pub enum GuestError {
     /// What was to be connected to.
     #[error("{}", no_listener(*.0))]
     NoListener(Target),
+    /// What was to be connected to is there, and takes nothing.
+    #[error(
+        "{0} of the sandbox does not take the connection: its queue is full; see what it says with `offshoot logs FORK`"
+    )]
+    NotTaken(Target),
     /// The connection failed.
     #[error("the connection to the sandbox failed: {0}")]
     Transport(String),
@@ -107,8 +112,9 @@ fn no_listener(to: Target) -> String {
 impl From<Status> for GuestError {
     fn from(status: Status) -> Self {
         match status.code() {
-            Code::DeadlineExceeded => Self::Timeout(Duration::ZERO),
-            Code::Unavailable | Code::Cancelled | Code::Unknown => Self::Transport(clean(status.message())),
+            Code::Unavailable | Code::Cancelled | Code::DataLoss | Code::Unknown => {
+                Self::Transport(clean(status.message()))
+            }
             _ => Self::Refused(clean(status.message())),
         }
     }
