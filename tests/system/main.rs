@@ -35,6 +35,7 @@ mod pool;
 mod recovery;
 mod rehearsal;
 mod route;
+mod route_clients;
 mod services;
 mod signals;
 mod standby;

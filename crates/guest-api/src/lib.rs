@@ -1,6 +1,7 @@
-//! The control channel between host and agent: the gRPC service ([`proto`]) and the framing under it ([`session`]).
+//! The control channel between host and agent: the gRPC service ([`proto`]), the framing under it ([`session`]), and how much may be under way ([`flow`]).
 #![forbid(unsafe_code)]
 
+pub mod flow;
 pub mod session;
 
 /// In the header of the answer to `Exec`: how many messages of stdin may be on their way to the command, as `ExecOutput.input_taken` counts them. Agents

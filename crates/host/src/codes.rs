@@ -482,7 +482,7 @@ impl Coded for GuestError {
         match self {
             Self::Busy => "channels_busy",
             Self::NotRunning => "fork_not_running",
-            Self::Timeout(_) => "guest_timeout",
+            Self::Timeout(_) | Self::NotTaken(_) => "guest_timeout",
             Self::Stalled(_) => "guest_stalled",
             Self::Refused(_) => "guest_refused",
             Self::Held(_) => "fork_busy",

@@ -13,7 +13,7 @@ use std::{
 
 use host::{
     ForkRecord, Home,
-    guest::{Channels, GuestError, PortIo},
+    guest::{Channels, GuestError, MAX_STREAMS, PortIo},
 };
 use hyper::{HeaderMap, Method, Request, Response, Uri, body::Incoming, http::uri::PathAndQuery};
 use hyper_util::{
@@ -21,6 +21,7 @@ use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
 };
 use identity::ForkId;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower::Service;
 
 use crate::proxy::Upload;
@@ -54,6 +55,8 @@ pub(crate) struct Backends {
     home: Arc<Home>,
     channels: Channels,
     clients: Mutex<HashMap<Machine, Arc<Backend>>>,
+    /// Most requests that one has at once.
+    places: usize,
 }
 
 /// One machine's.
@@ -64,11 +67,22 @@ pub(crate) struct Backend {
     kept: Client<Dial, Upload>,
     /// Each request has one of its own.
     fresh: Client<Dial, Upload>,
+    places: Arc<Semaphore>,
+}
+
+/// A place among the requests that a fork has at once. It is given back once the answer is over.
+#[derive(Debug)]
+pub(crate) struct Place {
+    _permit: OwnedSemaphorePermit,
 }
 
 impl Backends {
-    pub(crate) fn new(home: &Home) -> Self {
-        Self { home: Arc::new(home.clone()), channels: Channels::default(), clients: Mutex::default() }
+    /// For a router with so many connections: a fork that answers none of its requests leaves half of them to the others. Its channel has room for those,
+    /// and for connections that are kept.
+    pub(crate) fn new(home: &Home, max_connections: usize) -> Self {
+        let room = usize::try_from(MAX_STREAMS).unwrap_or(usize::MAX).saturating_sub(MOST_KEPT);
+        let places = max_connections.div_ceil(2).min(room);
+        Self { home: Arc::new(home.clone()), channels: Channels::default(), clients: Mutex::default(), places }
     }
 
     fn clients(&self) -> MutexGuard<'_, HashMap<Machine, Arc<Backend>>> {
@@ -95,6 +109,7 @@ impl Backends {
                 record: Arc::clone(record),
                 kept: builder().pool_max_idle_per_host(MOST_KEPT).build(dial.clone()),
                 fresh: builder().pool_max_idle_per_host(0).build(dial),
+                places: Arc::new(Semaphore::new(self.places)),
             })
         }))
     }
@@ -106,6 +121,11 @@ impl Backends {
 }
 
 impl Backend {
+    /// A place for one more request, if there is one.
+    pub(crate) fn place(&self) -> Option<Place> {
+        Arc::clone(&self.places).try_acquire_owned().ok().map(|permit| Place { _permit: permit })
+    }
+
     /// Sends a request. On a kept connection only what may be sent twice: the program may end it at the same moment.
     pub(crate) async fn send(&self, port: u16, outgoing: &Outgoing, fresh: bool) -> Result<Response<Incoming>, Error> {
         if outgoing.method.is_safe() && outgoing.upload.is_empty() && !fresh {

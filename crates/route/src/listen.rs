@@ -67,7 +67,9 @@ pub struct Config {
     pub port: u16,
     /// How long a request waits for a fork that does not run as itself yet.
     pub hold: Duration,
-    /// Most connections at once.
+    /// How long the head of an answer may take since the fork was sent the last piece of its request; as long as it likes without.
+    pub answer_timeout: Option<Duration>,
+    /// Most connections at once. A fork has at most half as many requests at once.
     pub max_connections: usize,
     /// How long requests may go on once the router is asked to end.
     pub grace: Duration,
@@ -230,7 +232,8 @@ impl Router {
         let hold = Hold::begin(&config.home).map_err(RouteError::Watch)?;
         let listener = TcpListener::bind(address).await.map_err(|source| RouteError::Listen { address, source })?;
         let (end, ending) = watch::channel(false);
-        let shared = Arc::new(Shared { hold, backends: Backends::new(&config.home), config, log, ending });
+        let backends = Backends::new(&config.home, config.max_connections);
+        let shared = Arc::new(Shared { hold, backends, config, log, ending });
         Ok(Self { shared, listener, end })
     }
 

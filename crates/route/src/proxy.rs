@@ -4,7 +4,7 @@ use std::{
     fmt,
     net::SocketAddr,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -21,11 +21,11 @@ use hyper::{
 use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncWriteExt, copy_bidirectional_with_sizes},
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout_at},
 };
 
 use crate::{
-    backend::{Outgoing, not_connected},
+    backend::{Outgoing, Place, not_connected},
     headers,
     listen::{Access, Seat, Shared},
     name::{HostError, Target},
@@ -100,7 +100,7 @@ async fn forward(
 
     let until = Instant::now() + router.config.hold;
     let mut tries = 0;
-    let mut response = loop {
+    let (mut response, place) = loop {
         let standing = tokio::select! {
             standing = router.hold.wait(&fork, until) => standing?,
             () = router.is_ending() => return Err(Refusal::Ending),
@@ -111,9 +111,14 @@ async fn forward(
             Standing::Dead => return Err(Refusal::Dead(fork)),
             Standing::NotYet(what) => return Err(Refusal::NotYet { fork, what }),
         };
-        let error = match router.backends.of(&record).send(port, &outgoing, websocket).await {
-            Ok(response) => break response,
-            Err(error) => error,
+        let backend = router.backends.of(&record);
+        let Some(place) = backend.place() else { return Err(Refusal::ForkFull(fork)) };
+        let limit = router.config.answer_timeout;
+        let sent = backend.send(port, &outgoing, websocket);
+        let error = match in_time(limit, || outgoing.upload.moved(), sent).await {
+            Ok(Ok(response)) => break (response, place),
+            Ok(Err(error)) => error,
+            Err(Late(limit)) => return Err(Refusal::Late { fork, port, limit }),
         };
         tries += 1;
         // Nothing was sent. It is being captured, or its machine has just ended: then it is something else by now.
@@ -136,11 +141,35 @@ async fn forward(
         };
         headers::strip(&mut parts.headers);
         headers::set_websocket(&mut parts.headers);
-        tokio::spawn(tunnel(Arc::clone(router), Arc::clone(seat), from_client, from_fork));
+        tokio::spawn(tunnel(Arc::clone(router), Arc::clone(seat), place, from_client, from_fork));
         return Ok(Response::from_parts(parts, Either::Right(Full::default())));
     }
     headers::strip(&mut parts.headers);
-    Ok(Response::from_parts(parts, Either::Left(Download { body, seat: Arc::clone(seat) })))
+    Ok(Response::from_parts(parts, Either::Left(Download { body, seat: Arc::clone(seat), _place: place })))
+}
+
+/// It took longer than this.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Late(Duration);
+
+/// An answer, unless it takes longer than `limit` since something moved last: a body that is long, or comes slowly, is no fault of who waits for it.
+async fn in_time<T>(
+    limit: Option<Duration>,
+    moved: impl Fn() -> Option<Instant>,
+    answer: impl Future<Output = T>,
+) -> Result<T, Late> {
+    let Some(limit) = limit else { return Ok(answer.await) };
+    tokio::pin!(answer);
+    let mut since = Instant::now();
+    loop {
+        if let Ok(answer) = timeout_at(since + limit, &mut answer).await {
+            return Ok(answer);
+        }
+        match moved().filter(|moved| *moved > since) {
+            Some(moved) => since = moved,
+            None => return Err(Late(limit)),
+        }
+    }
 }
 
 /// The one host that a request names: in its target, or in its header.
@@ -164,7 +193,7 @@ fn host_of(router: &Shared, request: &Request<Incoming>) -> Result<HeaderValue, 
 }
 
 /// Moves the bytes of a WebSocket until both sides have ended, one has broken off, or the router ends.
-async fn tunnel(router: Arc<Shared>, seat: Arc<Seat>, from_client: OnUpgrade, from_fork: OnUpgrade) {
+async fn tunnel(router: Arc<Shared>, seat: Arc<Seat>, _place: Place, from_client: OnUpgrade, from_fork: OnUpgrade) {
     let (Ok(client), Ok(fork)) = tokio::join!(from_client, from_fork) else { return };
     let (mut client, mut fork) = (TokioIo::new(client), TokioIo::new(fork));
     let whole = tokio::select! {
@@ -182,9 +211,15 @@ async fn tunnel(router: Arc<Shared>, seat: Arc<Seat>, from_client: OnUpgrade, fr
 /// A request's body. It can be given to one connection after another, until one has read of it.
 #[derive(Clone)]
 pub(crate) struct Upload {
-    body: Arc<Mutex<Incoming>>,
+    source: Arc<Mutex<Source>>,
     size: SizeHint,
     empty: bool,
+}
+
+struct Source {
+    body: Incoming,
+    /// When a piece of it was taken last.
+    moved: Option<Instant>,
 }
 
 impl fmt::Debug for Upload {
@@ -196,7 +231,16 @@ impl fmt::Debug for Upload {
 impl Upload {
     fn new(body: Incoming) -> Self {
         let (size, empty) = (body.size_hint(), body.is_end_stream());
-        Self { body: Arc::new(Mutex::new(body)), size, empty }
+        Self { source: Arc::new(Mutex::new(Source { body, moved: None })), size, empty }
+    }
+
+    fn source(&self) -> MutexGuard<'_, Source> {
+        self.source.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// When a piece of it was sent last; none if it has none yet.
+    fn moved(&self) -> Option<Instant> {
+        self.source().moved
     }
 
     /// Whether the request has none.
@@ -210,15 +254,18 @@ impl Body for Upload {
     type Error = hyper::Error;
 
     fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        Pin::new(&mut *self.body.lock().unwrap_or_else(PoisonError::into_inner)).poll_frame(context)
+        let mut source = self.source();
+        let frame = ready!(Pin::new(&mut source.body).poll_frame(context));
+        source.moved = Some(Instant::now());
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {
-        self.empty || self.body.lock().unwrap_or_else(PoisonError::into_inner).is_end_stream()
+        self.empty || self.source().body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.lock().unwrap_or_else(PoisonError::into_inner).size_hint()
+        self.source().body.size_hint()
     }
 }
 
@@ -227,6 +274,7 @@ impl Body for Upload {
 pub(crate) struct Download {
     body: Incoming,
     seat: Arc<Seat>,
+    _place: Place,
 }
 
 impl Body for Download {
@@ -250,5 +298,41 @@ impl Body for Download {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::Cell, future::pending};
+
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(300);
+
+    #[tokio::test(start_paused = true)]
+    async fn n4_who_does_not_begin_to_answer_is_late_but_not_while_the_request_still_moves() {
+        let begun = Instant::now();
+        assert_eq!(in_time(Some(LIMIT), || None, pending::<()>()).await, Err(Late(LIMIT)));
+        assert_eq!(begun.elapsed(), LIMIT);
+        // An upload that takes four times as long, and an answer to it.
+        let moved = Cell::new(None);
+        let upload = async {
+            for _ in 0..8 {
+                sleep(LIMIT / 2).await;
+                moved.set(Some(Instant::now()));
+            }
+            sleep(LIMIT / 2).await;
+        };
+        assert_eq!(in_time(Some(LIMIT), || moved.get(), upload).await, Ok(()));
+        // One that stands still after that.
+        let begun = Instant::now();
+        let upload = async {
+            sleep(LIMIT / 2).await;
+            moved.set(Some(Instant::now()));
+            pending().await
+        };
+        assert_eq!(in_time::<()>(Some(LIMIT), || moved.get(), upload).await, Err(Late(LIMIT)));
+        assert_eq!(begun.elapsed(), LIMIT + LIMIT / 2);
+        assert_eq!(in_time(None, || None, sleep(LIMIT * 100)).await, Ok(()), "without a limit it has all the time");
     }
 }

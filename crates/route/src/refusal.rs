@@ -1,6 +1,6 @@
 //! Requests that do not reach a fork, and what is said instead: problem documents (RFC 9457), as the daemon's.
 
-use std::{error::Error, io};
+use std::{error::Error, io, time::Duration};
 
 use host::{codes::Coded, guest::GuestError, standing::Waiting};
 use http_body_util::Full;
@@ -54,6 +54,19 @@ pub(crate) enum Refusal {
         /// What was wrong.
         source: legacy::Error,
     },
+    /// The program has taken the request, and says nothing.
+    #[error(
+        "the program at port {port} of fork {fork} did not begin to answer within {} s; give it more with --answer-timeout, or see what it says with `offshoot logs {fork}`",
+        limit.as_secs_f64()
+    )]
+    Late {
+        /// The fork.
+        fork: ForkName,
+        /// The port.
+        port: u16,
+        /// The time it had.
+        limit: Duration,
+    },
     /// The program agreed to a WebSocket that nobody had asked for.
     #[error("the program at port {port} of fork {fork} switched to another protocol, and was not asked to")]
     Unasked {
@@ -65,6 +78,9 @@ pub(crate) enum Refusal {
     /// A proxy's method.
     #[error("CONNECT is for proxies; ask NAME.SUFFIX for what you want")]
     Connect,
+    /// Too many requests to one fork.
+    #[error("fork {0} has as many requests as it may have at once; they have to be answered first")]
+    ForkFull(ForkName),
     /// Too many connections.
     #[error("the router has as many connections as it may have; give it more with --max-connections")]
     Full,
@@ -102,7 +118,7 @@ fn waits(fork: &ForkName, what: &Waiting) -> String {
 fn status_of(error: &GuestError) -> StatusCode {
     match error {
         GuestError::NoListener(_) | GuestError::Busy | GuestError::Held(_) => StatusCode::SERVICE_UNAVAILABLE,
-        GuestError::Timeout(_) | GuestError::Stalled(_) => StatusCode::GATEWAY_TIMEOUT,
+        GuestError::Timeout(_) | GuestError::NotTaken(_) | GuestError::Stalled(_) => StatusCode::GATEWAY_TIMEOUT,
         _ => StatusCode::BAD_GATEWAY,
     }
 }
@@ -132,7 +148,9 @@ impl Refusal {
             Self::NotYet { what: Waiting::Operation(_), .. } => "fork_busy",
             Self::NoAnswer { source, .. } => not_connected(source).map_or("fork_answer", Coded::code),
             Self::Unasked { .. } => "fork_answer",
+            Self::Late { .. } => "answer_timeout",
             Self::Connect => "method_not_allowed",
+            Self::ForkFull(_) => "fork_full",
             Self::Full => "router_full",
             Self::Ending => "router_ending",
             Self::State(_) => "state_failed",
@@ -144,8 +162,9 @@ impl Refusal {
             Self::Host(HostError::Malformed { .. }) => StatusCode::BAD_REQUEST,
             Self::Host(HostError::Elsewhere { .. }) => StatusCode::MISDIRECTED_REQUEST,
             Self::Host(HostError::NoName(_)) | Self::NoFork { .. } => StatusCode::NOT_FOUND,
-            Self::NotYet { .. } | Self::Full | Self::Ending => StatusCode::SERVICE_UNAVAILABLE,
+            Self::NotYet { .. } | Self::ForkFull(_) | Self::Full | Self::Ending => StatusCode::SERVICE_UNAVAILABLE,
             Self::NoAnswer { source, .. } => not_connected(source).map_or(StatusCode::BAD_GATEWAY, status_of),
+            Self::Late { .. } => StatusCode::GATEWAY_TIMEOUT,
             Self::Dead(_) | Self::Unasked { .. } => StatusCode::BAD_GATEWAY,
             Self::Connect => StatusCode::METHOD_NOT_ALLOWED,
             Self::State(_) => StatusCode::INTERNAL_SERVER_ERROR,
@@ -197,6 +216,8 @@ mod tests {
         for (refusal, expected) in [
             (not_yet(Waiting::Identity), (503, "fork_not_ready", true)),
             (Refusal::Full, (503, "router_full", true)),
+            (Refusal::ForkFull(fork()), (503, "fork_full", true)),
+            (Refusal::Late { fork: fork(), port: 80, limit: Duration::from_secs(1) }, (504, "answer_timeout", false)),
             (Refusal::Dead(fork()), (502, "fork_dead", false)),
             (Refusal::NoFork { fork: fork(), port: Some(80) }, (404, "fork_not_found", false)),
             (Refusal::Connect, (405, "method_not_allowed", false)),

@@ -8,7 +8,10 @@ mod tool;
 
 use std::{io, sync::Arc};
 
-use guest_api::proto::agent_server::AgentServer;
+use guest_api::{
+    flow::{MAX_STREAMS, TO_GUEST},
+    proto::agent_server::AgentServer,
+};
 use tokio::{io::DuplexStream, sync::mpsc};
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 use tonic::transport::Server;
@@ -19,12 +22,6 @@ pub use tool::tool;
 
 /// Most bytes of one request.
 const MAX_REQUEST: usize = 8 << 20;
-/// Bytes that one stream, and all of a channel, may be ahead of whoever takes them in the guest: one that takes nothing must not keep the others
-/// waiting.
-const STREAM_WINDOW: u32 = 128 << 10;
-const CONNECTION_WINDOW: u32 = 16 << 20;
-/// Most requests at once on one channel.
-const MAX_STREAMS: u32 = 1024;
 /// Most ports that are looked for; the host makes eight.
 const MAX_PORTS: usize = 16;
 
@@ -62,8 +59,8 @@ async fn serve_incoming(
     let service = AgentServer::new(server::Service::new(Arc::clone(state))).max_decoding_message_size(MAX_REQUEST);
     let incoming = ReceiverStream::new(incoming).map(Ok::<_, io::Error>);
     Server::builder()
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
+        .initial_stream_window_size(TO_GUEST.stream)
+        .initial_connection_window_size(TO_GUEST.channel)
         .max_concurrent_streams(MAX_STREAMS)
         .add_service(service)
         .serve_with_incoming(incoming)

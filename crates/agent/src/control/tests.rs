@@ -9,9 +9,11 @@ use std::{
 };
 
 use guest_api::{
+    flow::TO_HOST,
     proto::{
-        Command, EvalRequest, ExecExit, ExecInput, ExecOutput, ExecStart, PingRequest, agent_client::AgentClient,
-        exec_input::Input, exec_output::Output, exec_start::What,
+        Command, EvalRequest, ExecExit, ExecInput, ExecOutput, ExecStart, ForwardInput, PingRequest,
+        agent_client::AgentClient, exec_input::Input, exec_output::Output, exec_start::What, forward_input,
+        forward_output,
     },
     session::{self, Acceptor, Decoder, Event, Frame, Kind, encode},
 };
@@ -223,7 +225,10 @@ async fn guest() -> Guest {
         let stream = stream.lock().unwrap().take();
         async move { stream.map(TokioIo::new).ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected)) }
     });
-    let channel = Endpoint::from_static("http://guest").connect_with_connector(connector).await.unwrap();
+    let endpoint = Endpoint::from_static("http://guest")
+        .initial_stream_window_size(TO_HOST.stream)
+        .initial_connection_window_size(TO_HOST.channel);
+    let channel = endpoint.connect_with_connector(connector).await.unwrap();
     Guest { state, client: AgentClient::new(channel) }
 }
 
@@ -384,5 +389,50 @@ fn a_request_that_is_too_long_is_refused_and_the_session_lives_on() {
         assert_eq!(guest.client.eval(code((1 << 20) + 1)).await.unwrap_err().code(), Code::InvalidArgument);
         assert_eq!(guest.client.eval(code(MAX_REQUEST + 1)).await.unwrap_err().code(), Code::OutOfRange);
         assert!(guest.client.ping(PingRequest {}).await.is_ok());
+    });
+}
+
+#[test]
+fn n4_streams_that_nobody_takes_from_keep_no_other_waiting() {
+    on_runtime(async {
+        let mut guest = guest().await;
+        // More than once filled what a channel had: 128 with what goes into the guest, 256 with what comes out of it.
+        let (up, down) = (144, 272);
+        let mut still = Vec::new();
+        for _ in 0..up {
+            let mut inputs = vec![run(&["sleep", "1000"], 0)];
+            // A pipe takes 64 KiB of it.
+            inputs.extend((0..16).map(|_| Input::Stdin(vec![0; 32 << 10])));
+            still.push(guest.exec_open(inputs).await.unwrap());
+        }
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                tokio::spawn(async move { stream.write_all(&[0; 512 << 10]).await });
+            }
+        });
+        let forward = async |guest: &mut Guest| {
+            let (more, rest) = mpsc::channel(1);
+            more.send(ForwardInput { input: Some(forward_input::Input::Port(port.into())) }).await.unwrap();
+            (guest.client.forward(ReceiverStream::new(rest)).await.unwrap().into_inner(), more)
+        };
+        let mut unread = Vec::new();
+        for _ in 0..down {
+            unread.push(forward(&mut guest).await);
+        }
+        for _ in 0..4 {
+            let mut input = vec![run(&["cat"], 0)];
+            input.extend((0..32).map(|_| Input::Stdin(vec![1; 32 << 10])));
+            input.push(Input::CloseStdin(true));
+            assert_eq!(collect(guest.exec(input).await.unwrap()).await.0.len(), 1 << 20);
+            let (mut outputs, _more) = forward(&mut guest).await;
+            let mut count = 0;
+            while let Some(forward_output::Output::Data(bytes)) = outputs.message().await.unwrap().unwrap().output {
+                count += bytes.len();
+            }
+            assert_eq!(count, 512 << 10);
+        }
+        drop((still, unread));
     });
 }

@@ -35,6 +35,7 @@ async fn serve(args: Route, home: Home, output: &Output) -> Outcome {
         suffix: args.suffix.clone(),
         port: args.port,
         hold: args.hold,
+        answer_timeout: Some(args.answer_timeout).filter(|limit| !limit.is_zero()),
         max_connections: usize::try_from(args.max_connections).unwrap_or(usize::MAX),
         grace: args.grace,
     };

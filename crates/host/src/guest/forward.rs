@@ -17,7 +17,7 @@ use tokio::{
 };
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tokio_util::sync::PollSender;
-use tonic::{Code, Streaming};
+use tonic::{Code, Status, Streaming};
 
 use super::{GuestChannel, GuestError, STALL_LIMIT};
 
@@ -101,6 +101,16 @@ fn closed() -> GuestError {
     GuestError::Transport("the sandbox closed the connection".into())
 }
 
+/// Why there is no connection.
+fn not_connected(to: Target, status: Status) -> GuestError {
+    match status.code() {
+        Code::NotFound => GuestError::NoListener(to),
+        Code::DeadlineExceeded => GuestError::NotTaken(to),
+        Code::FailedPrecondition => GuestError::Held(super::clean(status.message())),
+        _ => status.into(),
+    }
+}
+
 impl GuestChannel {
     /// Connects to a port of the workload's loopback, or to the identity endpoint. Many connections share one channel.
     ///
@@ -116,15 +126,9 @@ impl GuestChannel {
         to_port.send(message(first)).await.map_err(|_| closed())?;
         let mut client = self.client.clone();
         let asked = timeout(STALL_LIMIT, client.forward(ReceiverStream::new(messages))).await;
-        let from_port = match asked.map_err(|_| GuestError::Stalled(STALL_LIMIT))? {
-            Ok(answer) => answer.into_inner(),
-            Err(status) if status.code() == Code::NotFound => return Err(GuestError::NoListener(to)),
-            Err(status) if status.code() == Code::FailedPrecondition => {
-                return Err(GuestError::Held(super::clean(status.message())));
-            }
-            Err(status) => return Err(status.into()),
-        };
-        let receiver = PortReceiver { outputs: from_port, _channel: self.clone() };
+        let from_port =
+            asked.map_err(|_| GuestError::Stalled(STALL_LIMIT))?.map_err(|status| not_connected(to, status))?;
+        let receiver = PortReceiver { outputs: from_port.into_inner(), _channel: self.clone() };
         Ok(PortStream { sender: PortSender(to_port), receiver })
     }
 }
@@ -273,5 +277,30 @@ impl AsyncWrite for PortIo {
 impl Connection for PortIo {
     fn connected(&self) -> Connected {
         Connected::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codes::Coded;
+
+    #[test]
+    fn n4_why_a_port_is_not_reached_is_told_apart() {
+        let port = Target::Port(80);
+        for (code, expected) in [
+            (Code::NotFound, "port_closed"),
+            (Code::DeadlineExceeded, "guest_timeout"),
+            (Code::FailedPrecondition, "fork_busy"),
+            (Code::Unavailable, "connection_failed"),
+            (Code::InvalidArgument, "guest_refused"),
+        ] {
+            assert_eq!(not_connected(port, Status::new(code, "why")).code(), expected, "{code:?}");
+        }
+        // No time is named that nobody knows.
+        let full = not_connected(port, Status::deadline_exceeded("why")).to_string();
+        assert!(full.starts_with("port 80 of the sandbox does not take the connection"), "{full}");
+        // One that is cut off later was not refused.
+        assert_eq!(GuestError::from(Status::data_loss("it broke off")).code(), "connection_failed");
     }
 }

@@ -21,6 +21,7 @@ use std::{
 
 use engine::CONTROL_CHANNELS;
 use guest_api::{
+    flow::TO_HOST,
     proto::{
         EvalReply, EvalRequest, LogChunk, LogsRequest, PingReply, PingRequest, QuiesceReply, QuiesceRequest,
         ReconfigureNetworkReply, ReconfigureNetworkRequest, WarmRequest, agent_client::AgentClient,
@@ -44,6 +45,7 @@ use tonic::{
 pub use copy::{CopyError, pack, unpack};
 pub use exec::{Control, ExecOptions, ExecResult};
 pub use forward::{NotATarget, PortIo, PortReceiver, PortSender, PortStream, Target};
+pub use guest_api::flow::MAX_STREAMS;
 pub use shared::Channels;
 
 /// Most bytes of one message from the guest.
@@ -85,6 +87,11 @@ pub enum GuestError {
     /// What was to be connected to.
     #[error("{}", no_listener(*.0))]
     NoListener(Target),
+    /// What was to be connected to is there, and takes nothing.
+    #[error(
+        "{0} of the sandbox does not take the connection: its queue is full; see what it says with `offshoot logs FORK`"
+    )]
+    NotTaken(Target),
     /// The connection failed.
     #[error("the connection to the sandbox failed: {0}")]
     Transport(String),
@@ -105,8 +112,9 @@ fn no_listener(to: Target) -> String {
 impl From<Status> for GuestError {
     fn from(status: Status) -> Self {
         match status.code() {
-            Code::DeadlineExceeded => Self::Timeout(Duration::ZERO),
-            Code::Unavailable | Code::Cancelled | Code::Unknown => Self::Transport(clean(status.message())),
+            Code::Unavailable | Code::Cancelled | Code::DataLoss | Code::Unknown => {
+                Self::Transport(clean(status.message()))
+            }
             _ => Self::Refused(clean(status.message())),
         }
     }
@@ -336,10 +344,6 @@ async fn within<T>(
 const PING_EVERY: Duration = Duration::from_secs(15);
 const PING_LIMIT: Duration = Duration::from_secs(45);
 
-/// Bytes that one stream, and all of a channel, may be ahead of whoever reads them. Some slow readers must not keep the others waiting.
-const STREAM_WINDOW: u32 = 256 << 10;
-const CONNECTION_WINDOW: u32 = 64 << 20;
-
 /// The first channel that no other process holds, with its lock.
 pub(crate) fn free_channel(dir: &Path) -> Result<Option<(usize, File)>, GuestError> {
     for number in 0..CONTROL_CHANNELS {
@@ -383,8 +387,8 @@ async fn http2(stream: Watched, deadline: Instant, limit: Duration) -> Result<Ch
         .http2_keep_alive_interval(PING_EVERY)
         .keep_alive_timeout(PING_LIMIT)
         .keep_alive_while_idle(true)
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW);
+        .initial_stream_window_size(TO_HOST.stream)
+        .initial_connection_window_size(TO_HOST.channel);
     let left = deadline.saturating_duration_since(Instant::now());
     timeout(left, endpoint.connect_with_connector(connector))
         .await
