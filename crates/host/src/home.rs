@@ -2,7 +2,7 @@
 
 use std::{
     env, fs, io,
-    os::unix::fs::{DirBuilderExt, MetadataExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
@@ -113,11 +113,7 @@ impl Home {
             (&pages, 0o700, "OFFSHOOT_STATE_DIR"),
         ];
         for (path, mode, variable) in places {
-            fs::DirBuilder::new().recursive(true).mode(mode).create(path).map_err(|source| HomeError::Make {
-                path: path.to_owned(),
-                variable,
-                source,
-            })?;
+            make(path, mode).map_err(|source| HomeError::Make { path: path.to_owned(), variable, source })?;
         }
         Ok(self)
     }
@@ -151,6 +147,15 @@ impl Home {
     pub fn names(&self) -> PathBuf {
         self.state.join("names")
     }
+}
+
+/// Makes a directory with this mode, whatever this process' umask takes away. One that is there keeps its own: somebody chose it.
+fn make(path: &Path, mode: u32) -> io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    fs::DirBuilder::new().recursive(true).mode(mode).create(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))
 }
 
 /// Two network namespaces have nothing to do with each other, so what is known of one is nothing to the other. The number is the
