@@ -43,11 +43,23 @@ impl ProcessRef {
         Self::of(std::process::id())
     }
 
-    /// Whether it is still there and no zombie.
+    /// Whether it is still there and no zombie. One that can not be looked at (too many files are open, say) counts as alive: who is called dead
+    /// is cleared away.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        boot_id().is_ok_and(|id| id == self.boot_id)
-            && stat(self.pid).is_ok_and(|(state, start)| start == self.start_time && state != 'Z' && state != 'X')
+        self.look().unwrap_or(true)
+    }
+
+    /// Whether it is still there and no zombie, if that can be found out.
+    fn look(&self) -> io::Result<bool> {
+        if boot_id()? != self.boot_id {
+            return Ok(false);
+        }
+        match stat(self.pid) {
+            Ok((state, start)) => Ok(start == self.start_time && state != 'Z' && state != 'X'),
+            Err(error) if is_gone(&error) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// A descriptor of the process; `None` if it is gone.
@@ -58,11 +70,12 @@ impl ProcessRef {
         let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
         let fd = match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(fd) => fd,
-            Err(rustix::io::Errno::SRCH) => return Ok(None),
+            // The last two: by now the number is that of a thread, before and since Linux 6.9.
+            Err(rustix::io::Errno::SRCH | rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
         // The descriptor holds the pid now; if the start time still matches, it is the one we mean.
-        Ok(self.is_alive().then_some(fd))
+        Ok(self.look()?.then_some(fd))
     }
 
     /// Kills it and waits until it is gone. Nothing happens if it is gone already or the pid is another process'.
@@ -113,6 +126,11 @@ pub fn wait_gone(pidfd: &OwnedFd, limit: Duration) -> io::Result<bool> {
     }
 }
 
+/// Whether a file of `/proc/PID` could not be read because there is no such process: none when it is opened, or none any more when it is read.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
+}
+
 fn boot_id() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
@@ -138,6 +156,8 @@ fn stat(pid: u32) -> io::Result<(char, u64)> {
 mod tests {
     use std::process::Command;
 
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
     use super::*;
 
     #[test]
@@ -162,6 +182,27 @@ mod tests {
         let mut rebooted = ProcessRef::myself().unwrap();
         rebooted.boot_id = "another".into();
         assert!(!rebooted.is_alive());
+    }
+
+    #[test]
+    fn o2_a_process_that_can_not_be_looked_at_is_not_called_dead() {
+        // The limit is the whole process', so this test has one of its own.
+        const INSIDE: &str = "OFFSHOOT_TEST_WITHOUT_FILES";
+        if std::env::var_os(INSIDE).is_none() {
+            let name = "process::tests::o2_a_process_that_can_not_be_looked_at_is_not_called_dead";
+            let mut again = Command::new(std::env::current_exe().unwrap());
+            let output = again.args(["--exact", name]).env(INSIDE, "1").output().unwrap();
+            let said = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success() && said.contains("1 passed"), "{said}");
+            return;
+        }
+        let mine = ProcessRef::myself().unwrap();
+        let before = getrlimit(Resource::Nofile);
+        setrlimit(Resource::Nofile, Rlimit { current: Some(0), maximum: before.maximum }).unwrap();
+        let (alive, pidfd) = (mine.is_alive(), mine.pidfd());
+        setrlimit(Resource::Nofile, before).unwrap();
+        assert!(alive);
+        assert_eq!(pidfd.unwrap_err().raw_os_error(), Some(rustix::io::Errno::MFILE.raw_os_error()));
     }
 
     #[test]
