@@ -121,10 +121,17 @@ async fn create_once(
         Some(Claim::Interrupted(key)) => return after_a_crash(app, key, &create).await,
     };
     drop(bytes);
-    let made = {
-        let app = Arc::clone(app);
-        let origin = key.as_ref().map(|key| key.hash.clone());
-        block(move || make(&app, &create, &source, origin.as_deref())).await
+    let made = match app.work.moving() {
+        Ok(share) => {
+            let app = Arc::clone(app);
+            let origin = key.as_ref().map(|key| key.hash.clone());
+            block(move || {
+                let _share = share;
+                make(&app, &create, &source, origin.as_deref())
+            })
+            .await
+        }
+        Err(busy) => Err(busy),
     };
     app.waker.wake();
     let made = match made {
@@ -210,6 +217,17 @@ async fn after_a_crash(app: &Arc<App>, key: Key, create: &CreateForks) -> Result
             None => (!found.is_empty()).then_some(0),
         };
         made.push(at.map(|at| found.remove(at)).ok_or_else(interrupted));
+    }
+    if create.all_or_nothing && made.iter().any(Result::is_err) {
+        let undone = Arc::clone(app);
+        block(move || {
+            let all = made.into_iter().flatten().map(|record| host_forks::kill(&undone.home, &record));
+            Ok(all.collect::<Result<(), _>>()?)
+        })
+        .await?;
+        app.waker.wake();
+        app.keys.give_back(&key);
+        return Err(interrupted());
     }
     finish(app, Some(key), Made { results: made, source: None })
 }
@@ -473,9 +491,11 @@ pub(super) async fn resume(
 type Mover = fn(&Home, &Store, &ForkRecord) -> Result<host::standby::Moved, StandbyError>;
 
 async fn moved(app: Arc<App>, fork: String, mover: Mover) -> Result<Json<Moved>, Problem> {
+    let share = app.work.moving()?;
     let record = find(&app, fork).await?;
     // To its end even if the client goes away.
     block(move || {
+        let _share = share;
         let moved = mover(&app.home, &app.store, &record);
         app.waker.wake();
         let moved = moved?;
