@@ -1,5 +1,12 @@
 //! Who asked for what, and what came of it: one file of JSON lines for each token and each local user, only ever appended to. What was in a request
 //! (a body, a query, a header) is not in it.
+//!
+//! ```text
+//! <data>/api/audit/<who>.jsonl       what is written to
+//! <data>/api/audit/<who>.jsonl.<n>   what came before, 1 the oldest; whoever keeps the audit elsewhere may take it away
+//! ```
+//!
+//! What somebody did is never removed because of what they do later.
 
 use std::{
     collections::HashMap,
@@ -14,8 +21,14 @@ use serde::Serialize;
 
 use crate::{auth::Principal, events::now_ms};
 
-/// A file that has grown this long is set aside as `….1`; there is one of these.
+/// A file that has grown this long is set aside.
 const MOST_BYTES: u64 = 64 << 20;
+/// How many files are kept of requests without a valid token: anybody can make those, as many as they like.
+const OF_NOBODY: u64 = 16;
+/// Whose requests those are.
+const NOBODY: &str = "nobody";
+/// Most files that are held open. Tokens come and go.
+const MOST_OPEN: usize = 64;
 /// Longest path that is written down.
 const MOST_PATH: usize = 300;
 
@@ -23,6 +36,7 @@ const MOST_PATH: usize = 300;
 #[derive(Debug)]
 pub(crate) struct Audit {
     dir: PathBuf,
+    most: u64,
     open: Mutex<HashMap<Arc<str>, (File, u64)>>,
 }
 
@@ -60,12 +74,12 @@ impl Audit {
     pub(crate) fn open(data: &Path) -> io::Result<Self> {
         let dir = data.join("api").join("audit");
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
-        Ok(Self { dir, open: Mutex::default() })
+        Ok(Self { dir, most: MOST_BYTES, open: Mutex::default() })
     }
 
     /// Writes a line. Nobody: a request without a valid token.
     pub(crate) fn write(&self, who: Option<&Principal>, outcome: &Outcome<'_>) -> io::Result<()> {
-        let id = who.map_or_else(|| Arc::from("nobody"), |who| Arc::clone(&who.id));
+        let id = who.map_or_else(|| Arc::from(NOBODY), |who| Arc::clone(&who.id));
         let line = Line {
             time_ms: now_ms(),
             request: outcome.request,
@@ -85,18 +99,38 @@ impl Audit {
         let entry = match open.get_mut(&id) {
             Some(entry) => entry,
             None => {
+                if open.len() >= MOST_OPEN {
+                    open.clear();
+                }
                 let opened = self.file(&id)?;
                 open.entry(Arc::clone(&id)).or_insert(opened)
             }
         };
-        if entry.1 + text.len() as u64 > MOST_BYTES {
-            let path = self.path(&id);
-            fs::rename(&path, path.with_extension("jsonl.1"))?;
+        if entry.1 + text.len() as u64 > self.most {
+            self.set_aside(&id)?;
             *entry = self.file(&id)?;
         }
         entry.0.write_all(&text)?;
         entry.1 += text.len() as u64;
         Ok(())
+    }
+
+    /// Gives a file the next number.
+    fn set_aside(&self, id: &str) -> io::Result<()> {
+        let path = self.path(id);
+        let numbered = |number: u64| path.with_extension(format!("jsonl.{number}"));
+        let prefix = format!("{id}.jsonl.");
+        let names = fs::read_dir(&self.dir)?.flatten().map(|entry| entry.file_name());
+        let last = names.filter_map(|name| name.to_str()?.strip_prefix(&prefix)?.parse::<u64>().ok()).max();
+        let next = last.unwrap_or_default() + 1;
+        fs::rename(&path, numbered(next))?;
+        match next.checked_sub(OF_NOBODY) {
+            Some(old) if id == NOBODY => match fs::remove_file(numbered(old)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            },
+            _ => Ok(()),
+        }
     }
 
     fn file(&self, id: &str) -> io::Result<(File, u64)> {
@@ -119,6 +153,37 @@ fn cut(path: &str) -> &str {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn o1_who_asks_a_lot_does_not_flush_what_they_did_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let audit = Audit { most: 1000, ..Audit::open(dir.path()).unwrap() };
+        let of = |who: Option<&Principal>, number: u64| {
+            let (from, method, path) = ("unix:0", "GET", "/v1/forks");
+            let outcome = Outcome { request: number, from, method, path, status: 200, code: None, micros: 5 };
+            audit.write(who, &outcome).unwrap();
+        };
+        let who = Principal::of_token("a", "ci", crate::Scope::Read);
+        (0..200).for_each(|number| [Some(&who), None].into_iter().for_each(|who| of(who, number)));
+        let requests = |id: &str| {
+            let mut seen = Vec::new();
+            for entry in fs::read_dir(dir.path().join("api/audit")).unwrap() {
+                let path = entry.unwrap().path();
+                if path.file_name().unwrap().to_str().unwrap().starts_with(id) {
+                    assert!(fs::metadata(&path).unwrap().len() <= 1000);
+                    let lines = fs::read_to_string(&path).unwrap();
+                    let number = |line| serde_json::from_str::<serde_json::Value>(line).unwrap()["request"].as_u64();
+                    seen.extend(lines.lines().filter_map(number));
+                }
+            }
+            seen.sort_unstable();
+            seen
+        };
+        assert_eq!(requests("token-a"), (0..200).collect::<Vec<_>>());
+        // Of nobody the last are there, and not more than that.
+        let of_nobody = requests("nobody");
+        assert!((50..199).contains(&of_nobody.len()) && of_nobody.last() == Some(&199), "{of_nobody:?}");
+    }
 
     #[test]
     fn o1_lines_are_appended_and_a_hostile_path_is_one_line() {

@@ -66,8 +66,8 @@ impl Hub {
         let Some(after) = after else { return (Vec::new(), self.sender.subscribe()) };
         let mut missed: Vec<Arc<Event>> = Vec::new();
         let first = kept.1.front().map_or(kept.0 + 1, |event| event.id);
-        // A number from before the daemon's start is ahead of ours.
-        if after + 1 < first || after > kept.0 {
+        // A number from before the daemon's start is ahead of ours. The first is 1 at least.
+        if after < first - 1 || after > kept.0 {
             missed.push(Arc::new(Self::missed(kept.0)));
         }
         missed.extend(kept.1.iter().filter(|event| event.id > after).cloned());
@@ -101,6 +101,7 @@ mod tests {
         let lost = ids(Some(3));
         assert_eq!((lost[0].1, lost.len()), ("missed", KEPT + 1));
         assert_eq!(ids(Some(5000))[0].1, "missed", "it never was");
+        assert_eq!(ids(Some(u64::MAX))[0].1, "missed", "nor will it be");
         let next = Hub::new();
         next.say("fork.created", "x", serde_json::Value::Null);
         assert_eq!(next.listen(Some(1034)).0[0].kind, "missed", "of another life of the daemon");

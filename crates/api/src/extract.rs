@@ -56,11 +56,15 @@ pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
 
 /// What serde says is wrong, without what it found there.
 fn without_values(error: &serde_json::Error) -> String {
-    let text = error.to_string();
     let place = || format!("line {}, column {}", error.line(), error.column());
     if error.is_syntax() || error.is_eof() {
         return format!("the body is no JSON at {}", place());
     }
+    what_is_wrong(error.to_string())
+}
+
+/// A message of serde's, without what it repeats of the values that it found.
+fn what_is_wrong(text: String) -> String {
     for kind in ["invalid type", "invalid value", "invalid length", "unknown variant"] {
         if text.starts_with(kind) {
             let expected = text.rsplit_once(", expected ").map_or("something else", |(_, expected)| expected);
@@ -89,9 +93,9 @@ impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for At<T> {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
-        let Path(value) = Path::<T>::from_request_parts(parts, state).await.map_err(|rejection: PathRejection| {
-            Problem::invalid("path", rejection.body_text().chars().take(300).collect::<String>())
-        })?;
+        let Path(value) = Path::<T>::from_request_parts(parts, state)
+            .await
+            .map_err(|_: PathRejection| Problem::invalid("path", "a part of the path is not percent-encoded UTF-8"))?;
         Ok(Self(value))
     }
 }
@@ -104,11 +108,19 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Asked<T> {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
-        let Query(value) =
-            Query::<T>::from_request_parts(parts, state).await.map_err(|rejection: QueryRejection| {
-                Problem::invalid("query", rejection.body_text().chars().take(300).collect::<String>())
-            })?;
+        let Query(value) = Query::<T>::from_request_parts(parts, state).await.map_err(query_refused)?;
         Ok(Self(value))
+    }
+}
+
+fn query_refused(rejection: QueryRejection) -> Problem {
+    let text: String = rejection.body_text().chars().take(300).collect();
+    // What it says of a single field begins with the field's name.
+    let text = text.strip_prefix("Failed to deserialize query string: ").unwrap_or(&text);
+    let named = |field: &&str| field.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'_'));
+    match text.split_once(": ").filter(|(field, _)| named(field)) {
+        Some((field, text)) => Problem::invalid(field, what_is_wrong(text.to_owned())),
+        None => Problem::invalid("query", what_is_wrong(text.to_owned())),
     }
 }
 
@@ -143,5 +155,51 @@ mod tests {
         }
         let text = serde_json::to_string(&parse::<Given>(br#"{"secrets": {"KEY": "x"}}"#).unwrap_err()).unwrap();
         assert!(text.contains(r#""field":"secrets.KEY""#), "{text}");
+    }
+
+    #[derive(Debug, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    enum Choice {
+        This,
+    }
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    #[allow(dead_code)]
+    struct Query {
+        count: Option<u8>,
+        choice: Option<Choice>,
+        flag: Option<bool>,
+    }
+
+    #[tokio::test]
+    async fn i15_nor_do_a_query_s_and_a_path_s() {
+        let problem = async |uri: &str| {
+            let (mut parts, ()) = axum::http::Request::get(uri).body(()).unwrap().into_parts();
+            let problem = Asked::<Query>::from_request_parts(&mut parts, &()).await.unwrap_err();
+            let json = serde_json::to_value(&problem).unwrap();
+            assert!(!json.to_string().contains("hunter2"), "{json}");
+            json
+        };
+        for (uri, field) in [
+            ("/?count=hunter2", "count"),
+            ("/?choice=hunter2", "choice"),
+            ("/?flag=hunter2", "flag"),
+            ("/?count=1&count=hunter2", "query"),
+            ("/?absent=hunter2", "absent"),
+        ] {
+            assert_eq!(problem(uri).await["field"], field, "{uri}");
+        }
+        assert!(problem("/?absent=1").await["detail"].as_str().unwrap().contains("absent"), "a name may be said");
+
+        let service =
+            axum::Router::<()>::new().route("/{number}/{text}", axum::routing::get(|At(_): At<(u8, String)>| async {}));
+        for uri in ["/hunter2/x", "/1/hunter2%ff"] {
+            let request = axum::http::Request::get(uri).body(axum::body::Body::empty()).unwrap();
+            let answer = tower::ServiceExt::oneshot(service.clone(), request).await.unwrap();
+            assert_eq!(answer.status(), StatusCode::BAD_REQUEST);
+            let body = axum::body::to_bytes(answer.into_body(), 4096).await.unwrap();
+            assert!(!String::from_utf8_lossy(&body).contains("hunter2"), "{body:?}");
+        }
     }
 }

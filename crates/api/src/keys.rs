@@ -83,18 +83,32 @@ fn lock(working: &Mutex<HashSet<String>>) -> MutexGuard<'_, HashSet<String>> {
     working.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Whether an answer was given so long ago that its key is as good as new.
+fn is_old(path: &Path) -> bool {
+    let written = fs::metadata(path).and_then(|meta| meta.modified());
+    written.is_ok_and(|written| SystemTime::now().duration_since(written).unwrap_or_default() > KEPT)
+}
+
 impl Keys {
     pub(crate) fn open(state: &Path) -> io::Result<Self> {
         let dir = state.join("api").join("keys");
         fs::create_dir_all(&dir)?;
-        for entry in fs::read_dir(&dir)? {
-            let entry = entry?;
-            let age = SystemTime::now().duration_since(entry.metadata()?.modified()?).unwrap_or_default();
-            if age > KEPT {
-                fs::remove_file(entry.path())?;
+        let keys = Self { dir, working: Arc::default() };
+        keys.sweep()?;
+        Ok(keys)
+    }
+
+    /// Removes those that are too old to be answered, but for one that is being worked on.
+    pub(crate) fn sweep(&self) -> io::Result<()> {
+        for entry in fs::read_dir(&self.dir)? {
+            let path = entry?.path();
+            let working = lock(&self.working);
+            let hash = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+            if !working.contains(hash) && is_old(&path) {
+                fs::remove_file(&path)?;
             }
         }
-        Ok(Self { dir, working: Arc::default() })
+        Ok(())
     }
 
     /// Takes the key of a request, if it has one.
@@ -122,10 +136,14 @@ impl Keys {
             return Err(if self.is_of(&hash, &request) { in_progress() } else { reused() });
         }
         let key = Key { hash, request, working: Arc::clone(&self.working) };
+        let path = self.path(&key);
+        if is_old(&path) {
+            let _ = fs::remove_file(&path);
+        }
         let failed = |error: io::Error| Problem::internal(&error);
         let record = Record { request: key.request.clone(), answer: None };
         let text = serde_json::to_vec(&record).map_err(io::Error::from).map_err(failed)?;
-        match OpenOptions::new().create_new(true).write(true).mode(0o600).open(self.path(&key)) {
+        match OpenOptions::new().create_new(true).write(true).mode(0o600).open(path) {
             Ok(mut file) => {
                 file.write_all(&text).map_err(failed)?;
                 Ok(Some(Claim::New(key)))
@@ -208,6 +226,31 @@ mod tests {
             assert!(matches!(claim(who, route, other, b"1"), Ok(Some(Claim::New(_)))));
         }
         assert!(matches!(claim("a", "/forks", "not a key", b"1"), Err(problem) if problem.code() == "invalid_request"));
+    }
+
+    #[test]
+    fn a_key_is_good_for_a_day_while_the_daemon_lives_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let keys = Keys::open(dir.path()).unwrap();
+        let claim = |name| keys.claim(&headers(name), "a", "/forks", b"1").unwrap().unwrap();
+        let answered = |name| {
+            let Claim::New(key) = claim(name) else { panic!("{name} is not new") };
+            keys.answer(&key, &Answer { status: 201, body: Value::Null }).unwrap();
+            keys.path(&key)
+        };
+        let age = |path: &Path, age| {
+            fs::File::options().write(true).open(path).unwrap().set_modified(SystemTime::now() - age).unwrap();
+        };
+        let [young, old, swept] = ["young", "old", "swept"].map(answered);
+        age(&young, KEPT - Duration::from_secs(60));
+        [&old, &swept].into_iter().for_each(|path| age(path, KEPT + Duration::from_secs(60)));
+        assert!(matches!(claim("young"), Claim::Answered(_)));
+        let Claim::New(working) = claim("old") else { panic!("not new") };
+        // What is being worked on is not swept, however long it takes.
+        age(&old, KEPT + Duration::from_secs(60));
+        keys.sweep().unwrap();
+        assert_eq!([&young, &old, &swept].map(|path| path.exists()), [true, true, false]);
+        drop(working);
     }
 
     #[test]

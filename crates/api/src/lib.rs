@@ -24,8 +24,12 @@ mod problem;
 mod recovery;
 mod routes;
 mod serve;
+#[cfg(test)]
+mod tests;
 mod traces;
 mod watch;
+mod wire;
+mod work;
 
 use std::{
     path::PathBuf,
@@ -69,6 +73,8 @@ pub(crate) struct App {
     pub(crate) channels: Channels,
     pub(crate) metrics: metrics::Metrics,
     pub(crate) traces: traces::Traces,
+    pub(crate) work: work::Work,
+    pub(crate) readiness: routes::Readiness,
     /// Whether the daemon is about to end.
     pub(crate) ending: flag::Receiver<bool>,
     /// Numbers of requests.

@@ -37,9 +37,6 @@ pub struct Problem {
     /// What to do next.
     #[serde(skip_serializing_if = "Option::is_none")]
     next: Option<String>,
-    /// In how many seconds it is worth another try.
-    #[serde(skip)]
-    retry_after: Option<u32>,
 }
 
 /// The code of a failed response, for the log and the audit.
@@ -58,8 +55,6 @@ impl Problem {
             causes: Vec::new(),
             field: None,
             next: None,
-            retry_after: (status == StatusCode::TOO_MANY_REQUESTS || status == StatusCode::SERVICE_UNAVAILABLE)
-                .then_some(1),
         }
     }
 
@@ -127,66 +122,127 @@ fn chain(error: &(dyn Error + 'static)) -> Vec<String> {
     messages
 }
 
-/// The status for a code. What is not listed is the daemon's or its host's fault.
+/// In how many seconds it is worth another try, for those who are only too early.
+const RETRY_AFTER: u32 = 1;
+
+/// The status for a code. What is not known is the daemon's or its host's fault.
 fn status_of(code: &str, is_usage: bool) -> StatusCode {
-    match code {
+    let otherwise = if is_usage { StatusCode::BAD_REQUEST } else { StatusCode::INTERNAL_SERVER_ERROR };
+    known_status(code).unwrap_or(otherwise)
+}
+
+/// The status of each code that `host` has: a new one needs a decision here.
+fn known_status(code: &str) -> Option<StatusCode> {
+    Some(match code {
+        // The request itself is wrong, whatever there is; of the command line, exit code 2.
+        "out_of_range"
+        | "name_too_long"
+        | "invalid_name"
+        | "invalid_field"
+        | "too_many_mailboxes"
+        | "mailbox_twice"
+        | "mailbox_reserved"
+        | "payload_not_an_object"
+        | "network_policy_invalid"
+        | "no_network"
+        | "needs_tap"
+        | "one_port_many_forks"
+        | "too_few_forks"
+        | "pool_too_large"
+        | "pool_network"
+        | "engine_contradiction" => StatusCode::BAD_REQUEST,
         "template_not_found" | "fork_not_found" | "recipe_not_found" | "token_not_found" => StatusCode::NOT_FOUND,
+        // What there is is not in the state for it.
         "name_conflict"
         | "template_exists"
         | "template_busy"
+        | "template_in_use"
+        | "template_gone"
+        | "template_broken"
+        | "template_incompatible"
         | "fork_dead"
         | "fork_not_running"
         | "fork_in_standby"
         | "fork_interrupted"
         | "fork_runs"
-        | "template_gone"
         | "fork_busy"
+        | "snapshot_unusable"
         | "port_taken"
-        | "network_busy"
-        | "template_broken"
-        | "template_incompatible" => StatusCode::CONFLICT,
+        | "network_busy" => StatusCode::CONFLICT,
+        // This template, fork or host can not be asked for it.
         "mailbox_not_found"
         | "mailbox_ambiguous"
         | "mailbox_token_mismatch"
         | "payload_too_long"
         | "identity_too_long"
+        | "variable_not_allowed"
         | "not_supported"
         | "no_network_card"
+        | "network_section_invalid"
         | "limit_not_possible"
         | "network_denied"
-        | "needs_tap"
+        | "secrets_not_sealed"
         | "guest_refused"
         | "recipe_invalid"
+        | "recipe_unreadable"
         | "template_not_clean"
         | "template_not_audited"
-        | "recipe_unreadable"
         | "port_privileged"
         | "passt_missing" => StatusCode::UNPROCESSABLE_ENTITY,
-        "port_closed" | "channels_busy" | "addresses_exhausted" => StatusCode::SERVICE_UNAVAILABLE,
-        "interrupted" => StatusCode::SERVICE_UNAVAILABLE,
+        // Later it may go.
+        "port_closed" | "channels_busy" | "addresses_exhausted" | "too_many_nets" | "interrupted" => {
+            StatusCode::SERVICE_UNAVAILABLE
+        }
         "ack_timeout" | "network_ack_timeout" | "guest_timeout" | "guest_stalled" | "engine_timeout" => {
             StatusCode::GATEWAY_TIMEOUT
         }
-        "identity_refused" | "fork_ended" | "connection_failed" | "network_refused" => StatusCode::BAD_GATEWAY,
-        _ if is_usage => StatusCode::BAD_REQUEST,
-        _ => StatusCode::INTERNAL_SERVER_ERROR,
+        // The guest did not do its part.
+        "identity_refused" | "network_refused" | "ack_flood" | "fork_ended" | "connection_failed"
+        | "mailboxes_unusable" | "guest_not_armed" | "rehearsal_failed" | "answer_unreadable" | "hostile_archive" => {
+            StatusCode::BAD_GATEWAY
+        }
+        // The host did not do its part.
+        "no_home"
+        | "address_pool_invalid"
+        | "directory_unusable"
+        | "store_failed"
+        | "state_failed"
+        | "snapshot_file_failed"
+        | "kill_failed"
+        | "engine_missing"
+        | "engine_failed"
+        | "delivery_failed"
+        | "ack_channel_failed"
+        | "network_failed"
+        | "no_random_bytes"
+        | "kernel_unusable"
+        | "root_image_failed"
+        | "initramfs_failed"
+        | "build_file_failed"
+        | "local_io_failed"
+        | "local_file_failed" => StatusCode::INTERNAL_SERVER_ERROR,
+        _ => return None,
+    })
+}
+
+/// The answer that a failure is, told for the first time or again. `body` is a problem document, perhaps with more in it.
+pub(crate) fn failed(status: StatusCode, code: Cow<'static, str>, body: &impl Serialize) -> Response {
+    let mut response = (status, Json(body)).into_response();
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+    if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
+        headers.insert(header::RETRY_AFTER, RETRY_AFTER.into());
     }
+    if status == StatusCode::UNAUTHORIZED {
+        headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    }
+    response.extensions_mut().insert(ProblemCode(code));
+    response
 }
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
-        let (status, code, retry_after) = (self.status(), ProblemCode(self.code.clone()), self.retry_after);
-        let mut response = (status, Json(self)).into_response();
-        let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
-        if let Some(seconds) = retry_after {
-            headers.insert(header::RETRY_AFTER, seconds.into());
-        }
-        if status == StatusCode::UNAUTHORIZED {
-            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
-        }
-        response.extensions_mut().insert(code);
-        response
+        failed(self.status(), self.code.clone(), &self)
     }
 }
 
@@ -207,9 +263,35 @@ mod tests {
         assert_eq!(json["next"], "offshoot cleanup");
     }
 
+    /// The codes that a source file has: texts of nothing but small letters and underscores.
+    fn codes(source: &str) -> impl Iterator<Item = &str> {
+        let is_code = |text: &&str| text.contains('_') && text.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'_'));
+        source.split('"').skip(1).step_by(2).filter(is_code)
+    }
+
+    #[test]
+    fn o5_every_code_has_a_status_that_somebody_chose_and_is_documented() {
+        let documented = include_str!("../../../docs/json.md");
+        let all: Vec<&str> = codes(include_str!("../../host/src/codes.rs")).collect();
+        assert!(all.len() > 90, "{all:?}");
+        for code in all {
+            assert!(known_status(code).is_some(), "{code} needs a status");
+            assert!(documented.contains(&format!("`{code}`")), "{code} is not in docs/json.md");
+        }
+        assert_eq!(known_status("new_code"), None, "the check can fail");
+    }
+
     #[test]
     fn what_a_client_can_mend_is_its_own_fault() {
         for (code, usage, status) in [
+            ("variable_not_allowed", false, 422),
+            ("template_in_use", false, 409),
+            ("snapshot_unusable", false, 409),
+            ("secrets_not_sealed", false, 422),
+            ("too_many_nets", false, 503),
+            ("ack_flood", false, 502),
+            ("mailboxes_unusable", false, 502),
+            ("needs_tap", true, 400),
             ("out_of_range", true, 400),
             ("name_conflict", false, 409),
             ("ack_timeout", false, 504),
@@ -217,6 +299,7 @@ mod tests {
             ("fork_interrupted", false, 409),
             ("token_not_found", false, 404),
             ("new", false, 500),
+            ("new", true, 400),
         ] {
             assert_eq!(status_of(code, usage).as_u16(), status, "{code}");
         }

@@ -33,7 +33,9 @@ pub(crate) fn recover(home: &Home, store: &Store, hub: &Hub) -> std::io::Result<
             Ok(()) => {
                 recovered.reaped += 1;
                 tracing::info!(what = leftover.what, reason = leftover.reason, "removed");
-                hub.say("fork.reaped", leftover.what, json!({ "reason": leftover.reason }));
+                if let Some(id) = leftover.fork() {
+                    hub.say("fork.reaped", id.as_str(), json!({ "what": leftover.what, "reason": leftover.reason }));
+                }
             }
             Err(error) => {
                 recovered.left += 1;

@@ -20,7 +20,10 @@ use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
-use rustix::fs::{FlockOperation, flock};
+use rustix::{
+    fs::{FlockOperation, flock},
+    process::{Resource, Rlimit, getrlimit, setrlimit},
+};
 use store::Store;
 use thiserror::Error;
 use tokio::{
@@ -38,13 +41,17 @@ use tokio_rustls::{
 
 use crate::{
     App, Scope, Tokens, audit::Audit, auth::Peer, auth::Rates, events::Hub, jobs::Jobs, keys::Keys, metrics::Metrics,
-    recovery, routes, traces::Traces, watch,
+    recovery, routes, traces::Traces, watch, wire::STALL_LIMIT, wire::Wire, work::Work,
 };
 
 /// Time for a client to send a request's head, and to finish a TLS handshake.
 const HEAD_LIMIT: Duration = Duration::from_secs(15);
-/// Most connections at once; more wait.
-const MOST_CONNECTIONS: usize = 1024;
+/// Most connections at once by each door; more wait. Who fills one of them leaves the other open.
+const MOST_CONNECTIONS: u32 = 1024;
+/// How often old keys are removed.
+const SWEEP: Duration = Duration::from_secs(3600);
+/// Open files: connections of both doors, and a few for each of some thousand forks.
+const MOST_FILES: u64 = 65_536;
 /// A connection that could not be taken: mostly too many open files.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -182,11 +189,25 @@ pub fn socket_path(home: &Home) -> PathBuf {
 /// # Errors
 /// [`ServeError`]; nothing is left listening.
 pub async fn serve(config: Config, end: impl Future<Output = ()>, ready: impl FnOnce(&str)) -> Result<(), ServeError> {
+    serve_many(config, MOST_CONNECTIONS, end, ready).await
+}
+
+/// The same, with so many connections at once by each door.
+async fn serve_many(
+    config: Config,
+    most: u32,
+    end: impl Future<Output = ()>,
+    ready: impl FnOnce(&str),
+) -> Result<(), ServeError> {
     let home = config.home.clone();
     let dir = home.state.join("api");
     let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir);
     made.map_err(|source| ServeError::File { what: "making the directory", path: dir.clone(), source })?;
     let lock = only_one(&dir)?;
+    // With fewer it serves fewer, and says so when they are used up.
+    if let Err(error) = allow_files() {
+        tracing::warn!(%error, "the limit of open files could not be raised");
+    }
     let store = Store::open(&home.data)?;
 
     let hub = Arc::new(Hub::new());
@@ -197,26 +218,7 @@ pub async fn serve(config: Config, end: impl Future<Output = ()>, ready: impl Fn
     watch::start(&home, store.clone(), Arc::clone(&forks), Arc::clone(&hub), waker.clone())
         .map_err(system("starting the watch"))?;
     let (ending, is_ending) = flag::channel(false);
-    let app = Arc::new(App {
-        tokens: Tokens::open(&home.data)?,
-        rates: Rates::new(config.rate),
-        audit: Audit::open(&home.data).map_err(system("opening the audit"))?,
-        jobs: Jobs::open(&home.state, Arc::clone(&hub)).map_err(system("reading the jobs"))?,
-        keys: Keys::open(&home.state).map_err(system("reading the keys"))?,
-        metrics: Metrics::new(),
-        traces: Traces::from_env(),
-        program: config.program.clone(),
-        recipes: config.recipes.clone(),
-        socket_scope: config.socket_scope,
-        requests: AtomicU64::new(0),
-        ending: is_ending.clone(),
-        home,
-        store,
-        hub,
-        forks,
-        waker,
-        channels: Channels::default(),
-    });
+    let app = Arc::new(app(&config, store, hub, forks, waker, is_ending.clone())?);
     let service = routes::service(&app);
 
     let tcp = match &config.listen {
@@ -224,7 +226,9 @@ pub async fn serve(config: Config, end: impl Future<Output = ()>, ready: impl Fn
         Some(listen) => Some((bind(listen).await?, tls(listen)?)),
     };
     let unix = bind_unix(&config.socket, config.socket_mode)?;
-    let seats = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let seats = [(); 2].map(|()| Arc::new(Semaphore::new(most as usize)));
+    let [unix_seats, tcp_seats] = &seats;
+    tokio::spawn(sweep(Arc::clone(&app)));
     ready(&format!(
         "listening on {}{}; {} running, {} removed that a crash left behind{}{}",
         config.socket.display(),
@@ -246,8 +250,8 @@ pub async fn serve(config: Config, end: impl Future<Output = ()>, ready: impl Fn
     loop {
         let accepted = tokio::select! {
             () = &mut end => break,
-            accepted = take_unix(&unix, &seats) => accepted,
-            accepted = take_tcp(tcp.as_ref(), &seats) => accepted,
+            accepted = take_unix(&unix, unix_seats) => accepted,
+            accepted = take_tcp(tcp.as_ref(), tcp_seats) => accepted,
         };
         match accepted {
             Ok(accepted) => accepted.serve(&service, &is_ending),
@@ -264,12 +268,47 @@ pub async fn serve(config: Config, end: impl Future<Output = ()>, ready: impl Fn
     drop(tcp);
     // The socket's file goes while the lock is held: it is still ours.
     let _ = fs::remove_file(&config.socket);
-    if tokio::time::timeout(config.grace, all_done(&seats)).await.is_err() {
+    if tokio::time::timeout(config.grace, all_done(&seats, most)).await.is_err() {
         tracing::warn!("requests are still being worked on; what they have not finished is undone");
     }
     app.traces.end();
     drop(lock);
     Ok(())
+}
+
+/// What all requests share.
+pub(crate) fn app(
+    config: &Config,
+    store: Store,
+    hub: Arc<Hub>,
+    forks: Arc<watch::Forks>,
+    waker: watch::Waker,
+    ending: flag::Receiver<bool>,
+) -> Result<App, ServeError> {
+    let home = config.home.clone();
+    let system = |what| move |source| ServeError::System { what, source };
+    Ok(App {
+        tokens: Tokens::open(&home.data)?,
+        rates: Rates::new(config.rate),
+        audit: Audit::open(&home.data).map_err(system("opening the audit"))?,
+        jobs: Jobs::open(&home.state, Arc::clone(&hub)).map_err(system("reading the jobs"))?,
+        keys: Keys::open(&home.state).map_err(system("reading the keys"))?,
+        metrics: Metrics::new(),
+        traces: Traces::from_env(),
+        program: config.program.clone(),
+        recipes: config.recipes.clone(),
+        socket_scope: config.socket_scope,
+        requests: AtomicU64::new(0),
+        ending,
+        home,
+        store,
+        hub,
+        forks,
+        waker,
+        channels: Channels::default(),
+        work: Work::new(),
+        readiness: routes::Readiness::default(),
+    })
 }
 
 /// Held as long as the daemon lives.
@@ -383,42 +422,73 @@ impl Accepted {
         let ending = ending.clone();
         tokio::spawn(async move {
             match stream {
-                Stream::Unix(stream) => talk(stream, service, ending).await,
-                Stream::Tcp(stream) => talk(stream, service, ending).await,
+                Stream::Unix(stream) => talk(Wire::new(stream, seat, STALL_LIMIT), service, ending).await,
+                Stream::Tcp(stream) => talk(Wire::new(stream, seat, STALL_LIMIT), service, ending).await,
                 Stream::Tls(stream, tls) => {
                     if let Ok(Ok(stream)) = tokio::time::timeout(HEAD_LIMIT, tls.accept(stream)).await {
-                        talk(stream, service, ending).await;
+                        talk(Wire::new(stream, seat, STALL_LIMIT), service, ending).await;
                     }
                 }
             }
-            drop(seat);
         });
     }
 }
 
 async fn talk<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
-    stream: S,
+    wire: Wire<S>,
     service: Router,
     mut ending: flag::Receiver<bool>,
 ) {
+    let patience = wire.patience();
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_LIMIT)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(service))
+        .serve_connection(TokioIo::new(wire), TowerToHyperService::new(service))
         .with_upgrades();
     tokio::pin!(connection);
     // A client that goes away, or talks nonsense, is no news.
-    tokio::select! {
-        _ = &mut connection => return,
-        _ = ending.wait_for(|ending| *ending) => {}
+    let ended = tokio::select! {
+        _ = &mut connection => true,
+        _ = ending.wait_for(|ending| *ending) => false,
+    };
+    if !ended {
+        connection.as_mut().graceful_shutdown();
+        let _ = connection.await;
     }
-    connection.as_mut().graceful_shutdown();
-    let _ = connection.await;
+    // If it is there still, it has become a WebSocket.
+    patience.begin();
 }
 
 /// Every seat is free: no connection is left.
-async fn all_done(seats: &Semaphore) {
-    let _ = seats.acquire_many(u32::try_from(MOST_CONNECTIONS).unwrap_or(u32::MAX)).await;
+async fn all_done(seats: &[Arc<Semaphore>], most: u32) {
+    for door in seats {
+        let _ = door.acquire_many(most).await;
+    }
+}
+
+/// Removes old keys now and then, as long as the daemon lives.
+async fn sweep(app: Arc<App>) {
+    let mut ending = app.ending.clone();
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(SWEEP) => {}
+            _ = ending.wait_for(|ending| *ending) => return,
+        }
+        let swept = Arc::clone(&app);
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(move || swept.keys.sweep()).await {
+            tracing::warn!(%error, "old keys could not be removed");
+        }
+    }
+}
+
+/// Lets this process have as many files open as it may need, as far as the system lets it.
+fn allow_files() -> io::Result<()> {
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = limit.maximum.map_or(MOST_FILES, |most| most.min(MOST_FILES));
+    if limit.current.is_some_and(|current| current < wanted) {
+        setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum: limit.maximum })?;
+    }
+    Ok(())
 }
 
 /// Tells systemd, if it started this (sd_notify).
@@ -441,5 +511,74 @@ fn notify(what: &str) {
     };
     if let Err(error) = send() {
         tracing::warn!(%error, "systemd could not be told");
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use axum::{extract::ws::WebSocketUpgrade, routing::get};
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::{TcpStream, UnixStream},
+        sync::oneshot,
+    };
+
+    use super::*;
+    use crate::tests::config;
+
+    async fn asked(mut stream: impl AsyncRead + AsyncWrite + Unpin) -> String {
+        stream.write_all(b"GET /healthz HTTP/1.0\r\n\r\n").await.unwrap();
+        let mut answer = String::new();
+        let _ = stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn o1_who_takes_all_seats_of_one_door_leaves_the_other_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let address = SocketAddr::from(([127, 0, 0, 1], 0));
+        let config = Config { listen: Some(Listen { address, tls: None }), ..config(dir.path()) };
+        let socket = config.socket.clone();
+        let (end, ended) = oneshot::channel::<()>();
+        let (ready, is_ready) = oneshot::channel::<String>();
+        let serving = tokio::spawn(serve_many(config, 2, async { drop(ended.await) }, move |text| {
+            drop(ready.send(text.to_owned()))
+        }));
+        let said = is_ready.await.unwrap();
+        let place = said.split_once(" and ").unwrap().1.split_once(';').unwrap().0.to_owned();
+        let holders = [TcpStream::connect(&place).await.unwrap(), TcpStream::connect(&place).await.unwrap()];
+        let waiting = tokio::spawn(asked(TcpStream::connect(&place).await.unwrap()));
+        for _ in 0..3 {
+            assert!(asked(UnixStream::connect(&socket).await.unwrap()).await.starts_with("HTTP/1.0 200"));
+        }
+        assert!(!waiting.is_finished());
+        drop(holders);
+        assert!(waiting.await.unwrap().starts_with("HTTP/1.0 200"));
+        end.send(()).unwrap();
+        serving.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn o1_a_websocket_keeps_its_seat_until_it_is_closed() {
+        let upgrade = |upgrade: WebSocketUpgrade| async {
+            upgrade.on_upgrade(|mut socket| async move { while socket.recv().await.is_some() {} })
+        };
+        let service = Router::new().route("/", get(upgrade));
+        let seats = Arc::new(Semaphore::new(1));
+        let (ours, mut theirs) = tokio::io::duplex(4096);
+        let (_end, ending) = flag::channel(false);
+        let wire = Wire::new(ours, Arc::clone(&seats).try_acquire_owned().unwrap(), STALL_LIMIT);
+        let talking = tokio::spawn(talk(wire, service, ending));
+        let head = "GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n\
+            Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n";
+        theirs.write_all(head.as_bytes()).await.unwrap();
+        let mut answer = [0; 12];
+        let _ = theirs.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 101");
+        talking.await.unwrap();
+        assert_eq!(seats.available_permits(), 0);
+        drop(theirs);
+        let _free = seats.acquire().await.unwrap();
     }
 }

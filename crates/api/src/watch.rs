@@ -89,7 +89,8 @@ impl Forks {
                 Some(cached) if cached.stamp == stamp => all.push(cached.clone()),
                 _ => {
                     let Some(record) = record::find(&self.home, id.as_str())? else { continue };
-                    let process = record.process.pidfd().ok().flatten().map(Arc::new);
+                    // That it can not be looked at now does not make it dead for ever.
+                    let process = record.process.pidfd()?.map(Arc::new);
                     let cached = Cached { stamp, record: Arc::new(record), process };
                     cache.insert(id, cached.clone());
                     all.push(cached);

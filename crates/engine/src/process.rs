@@ -73,7 +73,8 @@ impl ProcessRef {
         let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
         let fd = match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(fd) => fd,
-            Err(rustix::io::Errno::SRCH) => return Ok(None),
+            // The last two: by now the number is that of a thread, before and since Linux 6.9.
+            Err(rustix::io::Errno::SRCH | rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
         // The descriptor holds the pid now; if the start time still matches, it is the one we mean.

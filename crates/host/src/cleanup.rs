@@ -37,6 +37,17 @@ pub struct Leftover {
     action: Action,
 }
 
+impl Leftover {
+    /// The fork that it is all there is of, if it is one.
+    #[must_use]
+    pub fn fork(&self) -> Option<&ForkId> {
+        match &self.action {
+            Action::DeadFork(id) | Action::HalfMade { id, .. } => Some(id),
+            _ => None,
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Action {
     /// A dead fork, by its record.

@@ -2,7 +2,7 @@
 
 use std::{
     env, fs, io,
-    os::unix::fs::{DirBuilderExt, MetadataExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
@@ -113,11 +113,7 @@ impl Home {
             (&pages, 0o700, "OFFSHOOT_STATE_DIR"),
         ];
         for (path, mode, variable) in places {
-            fs::DirBuilder::new().recursive(true).mode(mode).create(path).map_err(|source| HomeError::Make {
-                path: path.to_owned(),
-                variable,
-                source,
-            })?;
+            make(path, mode).map_err(|source| HomeError::Make { path: path.to_owned(), variable, source })?;
         }
         Ok(self)
     }
@@ -153,9 +149,48 @@ impl Home {
     }
 }
 
+/// Makes a directory with this mode, whatever this process' umask takes away. One that is there keeps its own: somebody chose it.
+fn make(path: &Path, mode: u32) -> io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    fs::DirBuilder::new().recursive(true).mode(mode).create(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))
+}
+
 /// Two network namespaces have nothing to do with each other, so what is known of one is nothing to the other. The number is the
 /// namespace's inode.
 fn network_of_this_host() -> PathBuf {
     let number = fs::metadata("/proc/self/ns/net").map_or(0, |namespace| namespace.ino());
     PathBuf::from(format!("/run/offshoot/network-{number}"))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn t2_the_umask_takes_nothing_from_directories_that_are_passed_through() {
+        // A umask is the whole process', so this test has one of its own.
+        const INSIDE: &str = "OFFSHOOT_TEST_UMASK";
+        let Some(dir) = env::var_os(INSIDE) else {
+            let dir = tempfile::tempdir().unwrap();
+            let mut again = Command::new("sh");
+            again.args(["-c", "umask 077; exec \"$0\" \"$@\""]).arg(env::current_exe().unwrap());
+            let name = "home::tests::t2_the_umask_takes_nothing_from_directories_that_are_passed_through";
+            let output = again.args(["--exact", name]).env(INSIDE, dir.path()).output().unwrap();
+            let said = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success() && said.contains("1 passed"), "{said}");
+            return;
+        };
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        let home = Home::below(Path::new(&dir)).make().unwrap();
+        assert_eq!([&home.data, &home.cache, &home.state].map(|path| mode(path)), [0o711, 0o711, 0o700]);
+        // Whoever chose another mode keeps it.
+        fs::set_permissions(&home.data, fs::Permissions::from_mode(0o750)).unwrap();
+        assert_eq!(mode(&home.make().unwrap().data), 0o750);
+    }
 }

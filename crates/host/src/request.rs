@@ -79,6 +79,8 @@ pub enum RequestError {
     Range {
         /// What.
         what: &'static str,
+        /// The field of the request, as the API names it.
+        field: &'static str,
         /// Least.
         min: u64,
         /// Most.
@@ -155,9 +157,33 @@ pub enum RequestError {
     Field {
         /// What, without its value.
         what: String,
+        /// The field of the request, as the API names it.
+        field: &'static str,
         /// The rule.
         rule: &'static str,
     },
+}
+
+impl RequestError {
+    /// The field of the request that is to blame, as the API names it.
+    #[must_use]
+    pub fn field(&self) -> &'static str {
+        match self {
+            Self::Range { field, .. } | Self::Field { field, .. } => field,
+            Self::NameTooLong(_) => "name",
+            Self::VariableNotAllowed(_) => "env",
+            // Nearly always what is long are files.
+            Self::IdentityTooLong { .. } => "files",
+            Self::TooManyMailboxes(_)
+            | Self::MailboxTwice(_)
+            | Self::MailboxReserved(_)
+            | Self::MailboxUnknown { .. }
+            | Self::MailboxAmbiguous { .. }
+            | Self::MailboxToken(_)
+            | Self::NotAnObject(_)
+            | Self::PayloadTooLong { .. } => "mailboxes",
+        }
+    }
 }
 
 /// A mailbox request together with where it goes.
@@ -200,7 +226,7 @@ impl ForkRequest {
 
     /// Checks all that does not depend on what is forked.
     fn check_form(&self) -> Result<(), RequestError> {
-        range("the number of forks", self.count as u64, 1, MAX_FORKS as u64)?;
+        range("the number of forks", "count", self.count as u64, 1, MAX_FORKS as u64)?;
         if self.count > 1
             && let Some(name) = &self.name
             && name.as_str().len() > 58
@@ -210,34 +236,43 @@ impl ForkRequest {
         self.check_fields()?;
         self.limits.check()?;
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        range("the network's timeout in ms", millis(self.network.timeout), 0, millis(MAX_NETWORK_TIMEOUT))
+        let (given, most) = (millis(self.network.timeout), millis(MAX_NETWORK_TIMEOUT));
+        range("the network's timeout in ms", "network.timeout_ms", given, 0, most)
     }
 
     fn check_fields(&self) -> Result<(), RequestError> {
-        let field = |what: String, rule| Err(RequestError::Field { what, rule });
-        let counts = [self.labels.len(), self.env.len(), self.secrets.len(), self.files.len()];
-        if counts.iter().any(|&count| count > MAX_ENTRIES) {
-            return field("the number of labels, variables, secrets or files".into(), "at most 256 of each");
+        let wrong = |field, what: String, rule| Err(RequestError::Field { what, field, rule });
+        let counts = [
+            ("labels", self.labels.len()),
+            ("env", self.env.len()),
+            ("secrets", self.secrets.len()),
+            ("files", self.files.len()),
+        ];
+        if let Some((field, _)) = counts.into_iter().find(|(_, count)| *count > MAX_ENTRIES) {
+            return wrong(field, "the number of labels, variables, secrets or files".into(), "at most 256 of each");
         }
         for (key, value) in &self.labels {
             if !document::is_label(key) {
-                return field(
+                return wrong(
+                    "labels",
                     format!("the label {key:?}"),
                     "a key is 1 to 256 bytes without '=' and control characters",
                 );
             }
             if value.len() > document::MAX_LABEL || value.chars().any(char::is_control) {
-                return field(format!("the value of label {key:?}"), "at most 256 bytes without control characters");
+                let what = format!("the value of label {key:?}");
+                return wrong("labels", what, "at most 256 bytes without control characters");
             }
         }
         for (name, value) in &self.env {
             if value.contains('\0') {
-                return field(format!("the value of variable {name}"), "no NUL bytes");
+                return wrong("env", format!("the value of variable {name}"), "no NUL bytes");
             }
         }
         for (path, (_, mode)) in &self.files {
             if !document::is_guest_path(path) || mode & !0o7777 != 0 {
-                return field(format!("the file {path:?}"), "an absolute path without '..', not ending in '/'");
+                let rule = "an absolute path without '..', not ending in '/'";
+                return wrong("files", format!("the file {path:?}"), rule);
             }
         }
         Ok(())
@@ -283,7 +318,7 @@ impl ForkRequest {
             return Err(RequestError::MailboxTwice(name.clone()));
         }
         let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        range("the ack timeout in ms", millis(*ack_timeout), 0, millis(MAX_ACK_TIMEOUT))
+        range("the ack timeout in ms", "mailboxes", millis(*ack_timeout), 0, millis(MAX_ACK_TIMEOUT))
     }
 
     /// The name of fork `index` (from 0), or `None` when one has to be made up.
@@ -309,20 +344,20 @@ impl MailboxRequest {
 impl LimitRequest {
     fn check(&self) -> Result<(), RequestError> {
         if let Some(memory) = self.memory {
-            range("--memory-limit in bytes", memory, 16 << 20, 1 << 50)?;
+            range("--memory-limit in bytes", "limits.memory_bytes", memory, 16 << 20, 1 << 50)?;
         }
         if let Some(cpus) = self.cpu_millis {
-            range("--cpus in thousandths", cpus, 10, 1_024_000)?;
+            range("--cpus in thousandths", "limits.cpu_millis", cpus, 10, 1_024_000)?;
         }
         if let Some(pids) = self.pids {
-            range("--pids", pids, 1, 4_194_304)?;
+            range("--pids", "limits.pids", pids, 1, 4_194_304)?;
         }
         Ok(())
     }
 }
 
-fn range(what: &'static str, given: u64, min: u64, max: u64) -> Result<(), RequestError> {
-    if (min..=max).contains(&given) { Ok(()) } else { Err(RequestError::Range { what, min, max, given }) }
+fn range(what: &'static str, field: &'static str, given: u64, min: u64, max: u64) -> Result<(), RequestError> {
+    if (min..=max).contains(&given) { Ok(()) } else { Err(RequestError::Range { what, field, min, max, given }) }
 }
 
 fn unknown(name: &MailboxName, manifest: &Manifest) -> RequestError {
@@ -340,4 +375,41 @@ fn unknown(name: &MailboxName, manifest: &Manifest) -> RequestError {
 fn is_json_object(payload: &[u8]) -> bool {
     // Only the form counts: the values are skipped, not kept.
     serde_json::from_slice::<BTreeMap<String, serde::de::IgnoredAny>>(payload).is_ok()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn o5_an_error_names_the_field_that_is_to_blame() {
+        let good = || ForkRequest { count: 1, ..ForkRequest::default() };
+        let limits = |limits| ForkRequest { limits, ..good() };
+        let none = LimitRequest::default();
+        let many = |prefix: &str| (0..=MAX_ENTRIES).map(|number| format!("{prefix}{number}")).collect::<Vec<_>>();
+        let name = |text: &str| EnvName::parse(text).unwrap();
+        let file = || (Secret::new(Vec::new()), 0o644);
+        let network = NetworkRequest { timeout: Duration::from_secs(31), ..NetworkRequest::default() };
+        let wrong = [
+            ("count", ForkRequest { count: 0, ..good() }),
+            ("count", ForkRequest { count: 1001, ..good() }),
+            ("name", ForkRequest { count: 2, name: Some(ForkName::parse(&"a".repeat(59)).unwrap()), ..good() }),
+            ("labels", ForkRequest { labels: [(String::new(), String::new())].into(), ..good() }),
+            ("labels", ForkRequest { labels: [("a".to_owned(), "\n".to_owned())].into(), ..good() }),
+            ("env", ForkRequest { env: [(name("A"), "\0".to_owned())].into(), ..good() }),
+            ("env", ForkRequest { env: many("A").iter().map(|key| (name(key), String::new())).collect(), ..good() }),
+            ("files", ForkRequest { files: [("relative".to_owned(), file())].into(), ..good() }),
+            ("files", ForkRequest { files: many("/a").into_iter().map(|path| (path, file())).collect(), ..good() }),
+            ("limits.memory_bytes", limits(LimitRequest { memory: Some(1), ..none })),
+            ("limits.cpu_millis", limits(LimitRequest { cpu_millis: Some(1), ..none })),
+            ("limits.pids", limits(LimitRequest { pids: Some(0), ..none })),
+            ("network.timeout_ms", ForkRequest { network, ..good() }),
+        ];
+        good().check_form().unwrap();
+        for (field, request) in wrong {
+            let error = request.check_form().unwrap_err();
+            assert_eq!(error.field(), field, "{error}");
+        }
+    }
 }

@@ -2,9 +2,9 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::{self, DirBuilder, File, OpenOptions, Permissions},
+    fs::{self, File, OpenOptions, Permissions},
     io::{self, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown},
+    os::unix::fs::{OpenOptionsExt, PermissionsExt, chown},
     path::{Path, PathBuf},
     time::SystemTime,
 };
@@ -76,7 +76,7 @@ impl Building {
     pub(crate) fn begin(templates: &Path, tag: &Tag, lock: TagLock) -> Result<Self, StoreError> {
         let id = random_id()?;
         let dir = templates.join(format!("{BUILDING}{id}"));
-        DirBuilder::new().mode(0o711).create(&dir).map_err(file("making the template's directory", &dir))?;
+        crate::make_passable(&dir)?;
         let building = Self { dir, tag: tag.clone(), id, committed: false, _lock: lock };
         let maker = building.dir.join(MAKER);
         let written = ProcessRef::myself().and_then(|process| fs::write(&maker, serde_json::to_vec(&process)?));

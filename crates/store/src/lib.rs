@@ -21,9 +21,9 @@ pub use lock::Holder;
 pub use manifest::{Manifest, ManifestError};
 
 use std::{
-    fs::{self, DirBuilder},
+    fs::{self, DirBuilder, Permissions},
     io,
-    os::unix::fs::DirBuilderExt,
+    os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
@@ -43,6 +43,8 @@ pub const MANIFEST: &str = "manifest.json";
 
 const BUILDING: &str = ".building-";
 const REMOVING: &str = ".removing-";
+/// A directory that others pass through and do not read.
+const PASSABLE: u32 = 0o711;
 
 /// Why the store refuses.
 #[derive(Debug, Error)]
@@ -102,6 +104,18 @@ fn file<'a>(step: &'static str, path: &'a Path) -> impl Fn(io::Error) -> StoreEr
     move |source| StoreError::File { step, path: path.to_owned(), source }
 }
 
+/// Makes a directory that processes of other users pass through, whatever this process' umask takes away. One that is there stays as it is if it is
+/// somebody else's.
+fn make_passable(path: &Path) -> Result<(), StoreError> {
+    let make = || {
+        DirBuilder::new().recursive(true).mode(PASSABLE).create(path)?;
+        let found = fs::metadata(path)?;
+        let lacks = found.mode() & PASSABLE != PASSABLE && found.uid() == rustix::process::geteuid().as_raw();
+        if lacks { fs::set_permissions(path, Permissions::from_mode(found.mode() | PASSABLE)) } else { Ok(()) }
+    };
+    make().map_err(file("making the directory", path))
+}
+
 /// The templates of one data directory.
 #[derive(Debug, Clone)]
 pub struct Store {
@@ -151,10 +165,9 @@ impl Store {
     pub fn open(data: &Path) -> Result<Self, StoreError> {
         let store = Self { templates: data.join("templates"), locks: data.join("locks") };
         // A fork's process passes through the first; nobody else has business in the second.
-        for (path, mode) in [(&store.templates, 0o711), (&store.locks, 0o700)] {
-            let made = DirBuilder::new().recursive(true).mode(mode).create(path);
-            made.map_err(file("making the directory", path))?;
-        }
+        make_passable(&store.templates)?;
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(&store.locks);
+        made.map_err(file("making the directory", &store.locks))?;
         Ok(store)
     }
 
@@ -184,6 +197,18 @@ impl Store {
         Ok(Template { dir, manifest, _lock: lock })
     }
 
+    /// What a template says of itself, for those who only look: nobody is kept from removing it meanwhile.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], [`StoreError::Broken`].
+    pub fn manifest(&self, tag: &Tag) -> Result<Manifest, StoreError> {
+        let dir = self.dir(tag);
+        Manifest::read(&dir, tag).map_err(|source| match dir.exists() {
+            true => StoreError::Broken { tag: tag.clone(), source },
+            false => StoreError::NotFound { tag: tag.clone() },
+        })
+    }
+
     /// All templates in the order of their tags; those that can not be used with the reason.
     ///
     /// # Errors
@@ -199,7 +224,6 @@ impl Store {
     /// Bytes that a template takes on disk (its holes do not count).
     #[must_use]
     pub fn disk_bytes(&self, tag: &Tag) -> u64 {
-        use std::os::unix::fs::MetadataExt;
         let files = fs::read_dir(self.dir(tag)).into_iter().flatten().flatten();
         files.filter_map(|entry| entry.metadata().ok()).map(|metadata| metadata.blocks() * 512).sum()
     }

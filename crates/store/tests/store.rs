@@ -101,6 +101,48 @@ fn a_template_in_use_is_not_removed() {
 }
 
 #[test]
+fn who_only_looks_at_a_template_keeps_nobody_from_it() {
+    let data = tempfile::tempdir().unwrap();
+    let store = Store::open(data.path()).unwrap();
+    let made = make(&store, "a");
+    let building = store.begin(&tag("b")).unwrap();
+    // Neither waits for a lock nor takes one.
+    assert_eq!(store.manifest(&tag("a")).unwrap(), made);
+    assert!(matches!(store.manifest(&tag("b")), Err(StoreError::NotFound { .. })));
+    drop(building);
+    store.remove(&tag("a")).unwrap();
+    assert!(matches!(store.manifest(&tag("a")), Err(StoreError::NotFound { .. })));
+    make(&store, "c");
+    fs::write(data.path().join("templates/c/manifest.json"), b"{").unwrap();
+    assert!(matches!(store.manifest(&tag("c")), Err(StoreError::Broken { .. })));
+}
+
+#[test]
+fn t2_the_umask_keeps_no_fork_s_process_from_its_template() {
+    // A umask is the whole process', so this test has one of its own.
+    const INSIDE: &str = "OFFSHOOT_TEST_UMASK";
+    let Some(data) = std::env::var_os(INSIDE) else {
+        let data = tempfile::tempdir().unwrap();
+        let mut again = Command::new("sh");
+        again.args(["-c", "umask 077; exec \"$0\" \"$@\""]).arg(std::env::current_exe().unwrap());
+        again.args(["--exact", "t2_the_umask_keeps_no_fork_s_process_from_its_template"]).env(INSIDE, data.path());
+        let output = again.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && said.contains("1 passed"), "{said}");
+        return;
+    };
+    let data = Path::new(&data);
+    let mode = |path: &str| fs::metadata(data.join(path)).unwrap().permissions().mode() & 0o777;
+    let store = Store::open(data).unwrap();
+    make(&store, "a");
+    assert_eq!((mode("templates"), mode("templates/a"), mode("locks")), (0o711, 0o711, 0o700));
+    // What an older one left behind is mended.
+    fs::set_permissions(data.join("templates"), fs::Permissions::from_mode(0o700)).unwrap();
+    let _ = Store::open(data).unwrap();
+    assert_eq!(mode("templates"), 0o711);
+}
+
+#[test]
 fn a_builder_that_gives_up_leaves_nothing() {
     let data = tempfile::tempdir().unwrap();
     let store = Store::open(data.path()).unwrap();

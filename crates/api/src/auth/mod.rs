@@ -3,7 +3,11 @@
 mod rate;
 mod token;
 
-use std::{fmt, net::SocketAddr, sync::Arc};
+use std::{
+    fmt,
+    net::SocketAddr,
+    sync::{Arc, OnceLock},
+};
 
 use axum::{
     extract::{FromRequestParts, Request, State},
@@ -82,6 +86,23 @@ pub(crate) struct Principal {
     limited: bool,
 }
 
+impl Principal {
+    /// The holder of a token.
+    pub(crate) fn of_token(id: &str, name: &str, scope: Scope) -> Self {
+        Self { id: format!("token-{id}").into(), name: name.into(), scope, limited: true }
+    }
+}
+
+/// Who asks, once it is known; for whoever writes it down, also if there is no answer.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Who(Arc<OnceLock<Principal>>);
+
+impl Who {
+    pub(crate) fn get(&self) -> Option<&Principal> {
+        self.0.get()
+    }
+}
+
 /// Finds out who asks, before anything else. A token counts wherever it comes from; without one the unix socket's peer counts.
 pub(crate) async fn authenticate(
     State(app): State<Arc<App>>,
@@ -93,35 +114,29 @@ pub(crate) async fn authenticate(
         (Some(token), _) => {
             let found = app.tokens.find(token).map_err(Problem::from)?;
             let info = found.ok_or_else(|| unauthorized("the token is not valid; it may be revoked or expired"))?;
+            Principal::of_token(&info.id, &info.name, info.scope)
+        }
+        (None, Some(Peer::Unix { uid })) => {
+            let is_own = uid == 0 || uid == rustix::process::geteuid().as_raw();
             Principal {
-                id: format!("token-{}", info.id).into(),
-                name: info.name.into(),
-                scope: info.scope,
-                limited: true,
+                id: format!("uid-{uid}").into(),
+                name: format!("user {uid}").into(),
+                scope: if is_own { Scope::Admin } else { app.socket_scope },
+                limited: !is_own,
             }
         }
-        (None, Some(Peer::Unix { uid })) => Principal {
-            id: format!("uid-{uid}").into(),
-            name: format!("user {uid}").into(),
-            scope: if uid == 0 || uid == rustix::process::geteuid().as_raw() { Scope::Admin } else { app.socket_scope },
-            limited: false,
-        },
         (None, _) => return Err(unauthorized("this needs a token: send Authorization: Bearer TOKEN")),
     };
-    // The one that failed is known as well: it is in the audit.
-    request.extensions_mut().insert(principal.clone());
-    let mut response = if principal.limited && !app.rates.take(&principal.id) {
-        let detail = "too many requests with this token; see Retry-After";
-        axum::response::IntoResponse::into_response(Problem::new(
-            StatusCode::TOO_MANY_REQUESTS,
-            "too_many_requests",
-            detail,
-        ))
-    } else {
-        next.run(request).await
-    };
-    response.extensions_mut().insert(principal);
-    Ok(response)
+    // Before anything can fail: it is in the audit then.
+    if let Some(who) = request.extensions().get::<Who>() {
+        let _ = who.0.set(principal.clone());
+    }
+    if principal.limited && !app.rates.take(&principal.id) {
+        let detail = "too many requests of this token or user; see Retry-After";
+        return Err(Problem::new(StatusCode::TOO_MANY_REQUESTS, "too_many_requests", detail));
+    }
+    request.extensions_mut().insert(principal);
+    Ok(next.run(request).await)
 }
 
 fn bearer(headers: &axum::http::HeaderMap) -> Result<Option<&str>, Problem> {

@@ -1,4 +1,4 @@
-//! How many requests each token may make: a bucket that fills with time.
+//! How many requests each token and local user may make: a bucket that fills with time.
 
 use std::{
     collections::HashMap,

@@ -307,6 +307,11 @@ impl CreateForks {
 }
 
 impl Child {
+    /// Whether a field is one that each child may have of its own.
+    pub(crate) fn has(field: &str) -> bool {
+        ["name", "labels", "env", "secrets", "files", "mailboxes"].contains(&field)
+    }
+
     fn given(&self) -> Given<'_> {
         Given {
             labels: &self.labels,

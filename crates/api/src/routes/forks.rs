@@ -14,7 +14,7 @@ use axum::{
 };
 use host::{
     ForkRecord, ForkRequest, Home, branch, codes::Coded, engines, fork::ForkError, forks as host_forks, pool,
-    request::RequestError, standby::StandbyError,
+    standby::StandbyError,
 };
 use identity::Tag;
 use serde::{Deserialize, Serialize};
@@ -31,10 +31,10 @@ use crate::{
     jobs::interrupted,
     keys::{Answer, Claim, Key},
     model::{
-        create::{CreateForks, Source},
+        create::{Child, CreateForks, Source},
         view::{Fork, Pause, State as Life, Summary},
     },
-    problem::Problem,
+    problem::{self, Problem},
     watch::{self, state_now},
 };
 
@@ -116,15 +116,22 @@ async fn create_once(
         None => None,
         Some(Claim::New(key)) => Some(key),
         Some(Claim::Answered(Answer { status, body })) => {
-            return Ok(answer(StatusCode::from_u16(status).unwrap_or(StatusCode::CREATED), &body));
+            return Ok(reply(StatusCode::from_u16(status).unwrap_or(StatusCode::CREATED), &body));
         }
         Some(Claim::Interrupted(key)) => return after_a_crash(app, key, &create).await,
     };
     drop(bytes);
-    let made = {
-        let app = Arc::clone(app);
-        let origin = key.as_ref().map(|key| key.hash.clone());
-        block(move || make(&app, &create, &source, origin.as_deref())).await
+    let made = match app.work.moving() {
+        Ok(share) => {
+            let app = Arc::clone(app);
+            let origin = key.as_ref().map(|key| key.hash.clone());
+            block(move || {
+                let _share = share;
+                make(&app, &create, &source, origin.as_deref())
+            })
+            .await
+        }
+        Err(busy) => Err(busy),
     };
     app.waker.wake();
     let made = match made {
@@ -171,14 +178,15 @@ fn finish(app: &App, key: Option<Key>, made: Made) -> Result<Response, Problem> 
     {
         tracing::warn!(%error, "the answer to an idempotent request could not be noted");
     }
-    let mut response = answer(status, &body);
-    if status != StatusCode::CREATED {
-        let kind = axum::http::HeaderValue::from_static("application/problem+json");
-        response.headers_mut().insert(axum::http::header::CONTENT_TYPE, kind);
-        let code = body["code"].as_str().unwrap_or_default().to_owned();
-        response.extensions_mut().insert(crate::problem::ProblemCode(code.into()));
+    Ok(reply(status, &body))
+}
+
+/// What is answered, the first time and again.
+fn reply(status: StatusCode, body: &Value) -> Response {
+    if status.is_success() {
+        return answer(status, body);
     }
-    Ok(response)
+    problem::failed(status, body["code"].as_str().unwrap_or_default().to_owned().into(), body)
 }
 
 /// The daemon died while it worked on this. What was finished is there; what was not is undone.
@@ -210,6 +218,17 @@ async fn after_a_crash(app: &Arc<App>, key: Key, create: &CreateForks) -> Result
         };
         made.push(at.map(|at| found.remove(at)).ok_or_else(interrupted));
     }
+    if create.all_or_nothing && made.iter().any(Result::is_err) {
+        let undone = Arc::clone(app);
+        block(move || {
+            let all = made.into_iter().flatten().map(|record| host_forks::kill(&undone.home, &record));
+            Ok(all.collect::<Result<(), _>>()?)
+        })
+        .await?;
+        app.waker.wake();
+        app.keys.give_back(&key);
+        return Err(interrupted());
+    }
     finish(app, Some(key), Made { results: made, source: None })
 }
 
@@ -218,8 +237,10 @@ fn make(app: &App, create: &CreateForks, source: &Source, origin: Option<&str>) 
     let requests = create.requests(&app.program, origin)?;
     let begun = SystemTime::now();
     let wrong = |(number, error): (usize, ForkError)| {
-        let at = if create.children.is_empty() { String::new() } else { format!("children[{number}].") };
-        let field = field_of(&error).map(|field| format!("{at}{field}"));
+        let field = field_of(&error).map(|field| match create.children.is_empty() || !Child::has(field) {
+            true => field.to_owned(),
+            false => format!("children[{number}].{field}"),
+        });
         let problem = Problem::from(error);
         match field {
             Some(field) => problem.in_field(field),
@@ -295,13 +316,7 @@ fn undo(app: &App, results: Vec<Result<ForkRecord, ForkError>>) -> Vec<Result<Fo
 /// The request's field that is to blame.
 fn field_of(error: &ForkError) -> Option<&'static str> {
     match error {
-        ForkError::Request(error) => Some(match error {
-            RequestError::Range { .. } => "limits",
-            RequestError::NameTooLong(_) => "name",
-            RequestError::IdentityTooLong { .. } => "files",
-            RequestError::Field { .. } => "labels",
-            _ => "mailboxes",
-        }),
+        ForkError::Request(error) => Some(error.field()),
         ForkError::NotSupported { .. } => Some("mailboxes"),
         ForkError::Network(_) => Some("network"),
         ForkError::Limit(_) => Some("limits"),
@@ -476,9 +491,11 @@ pub(super) async fn resume(
 type Mover = fn(&Home, &Store, &ForkRecord) -> Result<host::standby::Moved, StandbyError>;
 
 async fn moved(app: Arc<App>, fork: String, mover: Mover) -> Result<Json<Moved>, Problem> {
+    let share = app.work.moving()?;
     let record = find(&app, fork).await?;
     // To its end even if the client goes away.
     block(move || {
+        let _share = share;
         let moved = mover(&app.home, &app.store, &record);
         app.waker.wake();
         let moved = moved?;

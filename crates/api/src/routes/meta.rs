@@ -1,9 +1,14 @@
 //! The daemon itself: whether it is well, what happens, and what it can do.
 
-use std::{convert::Infallible, sync::Arc};
+use std::{
+    convert::Infallible,
+    sync::{Arc, LazyLock, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use axum::{
     Json, Router,
+    body::Bytes,
     extract::State,
     http::{HeaderMap, HeaderName, StatusCode, header},
     response::{
@@ -30,6 +35,23 @@ pub(super) struct Health {
     status: &'static str,
 }
 
+/// Whether the directories can be used, as it was found not long ago: whoever asks needs no token, and looking costs a look at every fork.
+#[derive(Debug, Default)]
+pub(crate) struct Readiness(Mutex<Option<(Instant, bool)>>);
+
+impl Readiness {
+    /// How long an answer is good for.
+    const GOOD_FOR: Duration = Duration::from_secs(1);
+
+    fn ask(&self, now: Instant, look: impl FnOnce() -> bool) -> bool {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match *known {
+            Some((when, is_ready)) if now.duration_since(when) < Self::GOOD_FOR => is_ready,
+            _ => known.insert((now, look())).1,
+        }
+    }
+}
+
 /// Liveness
 #[utoipa::path(get, path = "/healthz", tag = "daemon", security(()), responses((status = 200, description = "The daemon lives", body = Health)))]
 pub(super) async fn live() -> Json<Health> {
@@ -46,9 +68,10 @@ pub(super) async fn ready(State(app): State<Arc<App>>) -> Response {
     if *app.ending.borrow() {
         return (StatusCode::SERVICE_UNAVAILABLE, health("ending")).into_response();
     }
-    match app.forks.list() {
-        Ok(_) => health("ok").into_response(),
-        Err(_) => (StatusCode::SERVICE_UNAVAILABLE, health("state directory")).into_response(),
+    let looked = Arc::clone(&app);
+    match app.readiness.ask(Instant::now(), || looked.forks.list().is_ok()) {
+        true => health("ok").into_response(),
+        false => (StatusCode::SERVICE_UNAVAILABLE, health("state directory")).into_response(),
     }
 }
 
@@ -93,7 +116,8 @@ pub(super) async fn metrics(State(app): State<Arc<App>>, _: Reader) -> Result<Re
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct From {
-    /// Number of the last event that the client has seen; `Last-Event-ID` says the same. Without it, from now on.
+    /// Number of the last event that the client has seen; without it, from now on. `Last-Event-ID` says the same and counts more: a client that
+    /// connects again by itself asks with the query that it began with.
     #[param(nullable = false)]
     after: Option<u64>,
 }
@@ -113,7 +137,7 @@ pub(super) async fn events(
     Asked(from): Asked<From>,
 ) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
     let last = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse().ok());
-    let (missed, receiver) = app.hub.listen(from.after.or(last));
+    let (missed, receiver) = app.hub.listen(last.or(from.after));
     let state = (missed.into_iter(), receiver, app.ending.clone());
     let events = futures_util::stream::unfold(state, |(mut missed, mut receiver, mut ending)| async move {
         let event = match missed.next() {
@@ -133,6 +157,9 @@ pub(super) async fn events(
     Sse::new(events).keep_alive(stream::keep_alive())
 }
 
+/// Made once: whoever asks for it needs no token.
+static DOCUMENT: LazyLock<Bytes> = LazyLock::new(|| serde_json::to_vec(&openapi()).unwrap_or_default().into());
+
 /// The description of all routes, for programs and for people. It holds nothing of this host.
 pub(super) fn pages() -> Router<Arc<App>> {
     // Nothing from elsewhere, and nothing inline.
@@ -145,8 +172,21 @@ pub(super) fn pages() -> Router<Arc<App>> {
         })
     };
     Router::new()
-        .route("/openapi.json", get(|| async { Json(openapi()) }))
+        .route("/openapi.json", get(|| async { ([(header::CONTENT_TYPE, "application/json")], DOCUMENT.clone()) }))
         .route("/docs", file("text/html; charset=utf-8", include_str!("../docs/index.html")))
         .route("/docs/page.js", file("text/javascript; charset=utf-8", include_str!("../docs/page.js")))
         .route("/docs/page.css", file("text/css; charset=utf-8", include_str!("../docs/page.css")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whether_it_is_ready_is_looked_at_once_a_second() {
+        let (readiness, begun) = (Readiness::default(), Instant::now());
+        assert!(readiness.ask(begun, || true));
+        assert!(readiness.ask(begun + Duration::from_millis(999), || panic!("looked again")));
+        assert!(!readiness.ask(begun + Duration::from_secs(1), || false));
+    }
 }

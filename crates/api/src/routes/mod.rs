@@ -14,12 +14,12 @@ mod stream;
 mod templates;
 mod tokens;
 
-use std::{sync::Arc, time::Instant};
+use std::{borrow::Cow, sync::Arc, time::Instant};
 
 use axum::{
     Router,
     extract::{DefaultBodyLimit, MatchedPath, Request, State},
-    http::{HeaderValue, StatusCode},
+    http::{HeaderValue, Method, StatusCode},
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
@@ -30,10 +30,12 @@ use utoipa::{
 };
 use utoipa_axum::{router::OpenApiRouter, routes};
 
+pub(crate) use meta::Readiness;
+
 use crate::{
     App, MAX_JSON,
     audit::Outcome,
-    auth::{self, Principal},
+    auth,
     problem::{Problem, ProblemCode},
 };
 
@@ -136,50 +138,84 @@ pub(crate) fn service(app: &Arc<App>) -> Router {
 }
 
 /// Counts, logs and writes down every request; gives each a number.
-async fn account(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
-    let begun = Instant::now();
+async fn account(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let number = app.next_request();
-    let method = request.method().clone();
-    let path = request.uri().path().to_owned();
-    let from = request.extensions().get::<auth::Peer>().map_or_else(String::new, ToString::to_string);
-    let route =
-        request.extensions().get::<MatchedPath>().map_or_else(|| "none".to_owned(), |path| path.as_str().into());
+    let who = auth::Who::default();
+    request.extensions_mut().insert(who.clone());
+    let matched = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
+    let mut entry = Entry {
+        number,
+        begun: Instant::now(),
+        who,
+        from: request.extensions().get::<auth::Peer>().map_or_else(String::new, ToString::to_string),
+        method: known(request.method()),
+        path: request.uri().path().to_owned(),
+        route: matched.unwrap_or("none").to_owned(),
+        answer: None,
+        app,
+    };
     let mut response = next.run(request).await;
-    let took = begun.elapsed();
-    let status = response.status().as_u16();
-    app.metrics.answered(method.as_str(), &route, status, took);
+    let code = response.extensions().get::<ProblemCode>().map(|code| code.0.clone());
+    entry.answer = Some((response.status().as_u16(), code));
+    drop(entry);
     let headers = response.headers_mut();
     headers.insert("x-request-id", HeaderValue::from(number));
     headers.insert("x-content-type-options", HeaderValue::from_static("nosniff"));
-    let code = response.extensions().get::<ProblemCode>().map(|code| code.0.clone());
-    let who = response.extensions().get::<Principal>();
-    let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-    tracing::info!(
-        request = number,
-        who = who.map_or("nobody", |who| &who.id),
-        method = method.as_str(),
-        route,
-        status,
-        code = code.as_deref().unwrap_or_default(),
-        micros,
-        "answered"
-    );
-    // Health is asked for all the time, by nobody in particular.
-    if route != "/healthz" && route != "/readyz" {
-        let outcome = Outcome {
-            request: number,
-            from: &from,
-            method: method.as_str(),
-            path: &path,
+    response
+}
+
+/// The name of a method, if it is one: what a client makes up neither becomes a label nor fills the audit.
+fn known(method: &Method) -> &'static str {
+    const METHODS: [&str; 9] = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "CONNECT", "TRACE"];
+    METHODS.into_iter().find(|known| *known == method.as_str()).unwrap_or("OTHER")
+}
+
+/// A request that is being worked on. It is written down when this value goes: with its answer, or because its client went away before there
+/// was one, which must not keep it out of the audit.
+#[derive(Debug)]
+struct Entry {
+    app: Arc<App>,
+    number: u64,
+    begun: Instant,
+    who: auth::Who,
+    from: String,
+    method: &'static str,
+    path: String,
+    route: String,
+    answer: Option<(u16, Option<Cow<'static, str>>)>,
+}
+
+/// The status that is noted for a client that did not wait for one.
+const CLIENT_GONE: u16 = 499;
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        let took = self.begun.elapsed();
+        let (status, code) = self.answer.take().unwrap_or_else(|| (CLIENT_GONE, Some("client_gone".into())));
+        let (app, method, route, code) = (&self.app, self.method, self.route.as_str(), code.as_deref());
+        app.metrics.answered(method, route, status, took);
+        let who = self.who.get();
+        let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        tracing::info!(
+            request = self.number,
+            who = who.map_or("nobody", |who| &who.id),
+            method,
+            route,
             status,
-            code: code.as_deref(),
+            code = code.unwrap_or_default(),
             micros,
-        };
+            "answered"
+        );
+        // Health is asked for all the time, by nobody in particular.
+        if route == "/healthz" || route == "/readyz" {
+            return;
+        }
+        let (request, from, path) = (self.number, self.from.as_str(), self.path.as_str());
+        let outcome = Outcome { request, from, method, path, status, code, micros };
         if let Err(error) = app.audit.write(who, &outcome) {
             tracing::error!(%error, "the audit could not be written");
         }
     }
-    response
 }
 
 /// Runs what blocks, to its end even if the client goes away.

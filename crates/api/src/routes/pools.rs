@@ -91,7 +91,9 @@ pub(super) async fn set(
         Ok(mode) => mode.unwrap_or_else(Mode::default_here),
         Err(error) => return Err(Problem::invalid("network", error.to_string())),
     };
+    let share = app.work.moving()?;
     block(move || {
+        let _share = share;
         let template = app.store.get(&tag)?;
         if asked.size == 0 {
             pool::end(&app.home, &tag)?;

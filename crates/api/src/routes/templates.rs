@@ -63,8 +63,8 @@ pub(super) async fn get(
 ) -> Result<Json<Template>, Problem> {
     let tag = tag(&text)?;
     block(move || {
-        let template = app.store.get(&tag)?;
-        Ok(Json(Template::new(template.manifest(), app.store.disk_bytes(&tag))))
+        let manifest = app.store.manifest(&tag)?;
+        Ok(Json(Template::new(&manifest, app.store.disk_bytes(&tag))))
     })
     .await
 }
@@ -80,7 +80,7 @@ pub(super) async fn mailboxes(
     At(text): At<String>,
 ) -> Result<Json<Mailboxes>, Problem> {
     let tag = tag(&text)?;
-    block(move || Ok(Json(Mailboxes::new(app.store.get(&tag)?.manifest())))).await
+    block(move || Ok(Json(Mailboxes::new(&app.store.manifest(&tag)?)))).await
 }
 
 /// A template to build.
@@ -124,6 +124,7 @@ enum EngineSpec {
 #[utoipa::path(post, path = "/v1/templates", tag = "templates", request_body = Build, responses(
     (status = 202, description = "It is being built", body = Job),
     (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
+    (status = "5XX", description = "Too much is being done", body = Problem, content_type = "application/problem+json"),
 ))]
 pub(super) async fn build(
     State(app): State<Arc<App>>,
@@ -136,7 +137,7 @@ pub(super) async fn build(
         Problem::invalid("recipe", "a recipe is given by its name: letters, digits, '_', '.' and '-', never a path")
     })?;
     let recipe = recipe(&app, &name)?;
-    if app.store.get(&tag).is_ok() {
+    if app.store.manifest(&tag).is_ok() {
         return Err(store::StoreError::Exists { tag }.into());
     }
     let forced = asked.engine.map(|engine| match engine {
@@ -152,9 +153,11 @@ pub(super) async fn build(
         forced: Forced { engine: forced, accel: None::<Accel> },
         strict: asked.strict,
     };
+    let share = app.work.job()?;
     let job = app.jobs.begin("build", tag.as_str()).map_err(|error| Problem::internal(&error))?;
     let id = job.id.clone();
     tokio::task::spawn_blocking(move || {
+        let _share = share;
         let built = build::build(&app.home, &app.store, &request, &mut |progress| app.jobs.progress(&id, &progress));
         let result = built
             .map(|manifest| json!(Template::new(&manifest, app.store.disk_bytes(&manifest.tag))))
@@ -215,6 +218,7 @@ fn default_count() -> usize {
 #[utoipa::path(post, path = "/v1/templates/{tag}/verify", tag = "templates", params(("tag" = String, Path, description = "Its tag")), request_body = Verify, responses(
     (status = 202, description = "It is being verified", body = Job),
     (status = "4XX", description = "Refused", body = Problem, content_type = "application/problem+json"),
+    (status = "5XX", description = "Too much is being done", body = Problem, content_type = "application/problem+json"),
 ))]
 pub(super) async fn verify(
     State(app): State<Arc<App>>,
@@ -228,10 +232,12 @@ pub(super) async fn verify(
     }
     let template = app.store.get(&tag)?;
     let engine = engines::for_template(template.manifest())?;
+    let share = app.work.job()?;
     let job = app.jobs.begin("verify", tag.as_str()).map_err(|error| Problem::internal(&error))?;
     let id = job.id.clone();
     let runtime = tokio::runtime::Handle::current();
     tokio::task::spawn_blocking(move || {
+        let _share = share;
         let mut progress = |progress| app.jobs.progress(&id, &progress);
         let verifying = host_verify::verify(&app.home, engine.as_ref(), &template, asked.count, &mut progress);
         let result = runtime.block_on(verifying).map(|verdict| json!(verdict)).map_err(Problem::from);
