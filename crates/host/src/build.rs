@@ -197,6 +197,7 @@ pub fn build(
         ambiguous: scan.ambiguous,
         probes: recipe.probes.clone(),
         allow_env: recipe.allow_env.clone(),
+        devtools_port: recipe.devtools_port,
         facts: captured.facts,
         warnings: captured.warnings,
         findings: captured.findings.list,

@@ -438,6 +438,7 @@ impl<'a> Plan<'a> {
             mailboxes: Vec::new(),
             network: None,
             origin: self.request.origin.clone(),
+            devtools_port: manifest.devtools_port,
             limits: self.limits_asked(),
             cgroups: Vec::new(),
             acked_micros: micros(acked - watch.start),

@@ -12,6 +12,7 @@ pub mod build;
 pub mod cleanup;
 pub mod codes;
 pub mod confine;
+pub mod devtools;
 pub mod doctor;
 pub mod engines;
 pub mod fault;

@@ -14,6 +14,8 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io::{self, Read},
+    num::NonZeroU16,
+    ops::Range,
     path::{Path, PathBuf},
 };
 
@@ -37,6 +39,9 @@ const MAX_FILES: usize = 256;
 const MAX_SERVICES: usize = 32;
 const MAX_PACKAGES: usize = 512;
 const MAX_PROBES: usize = 16;
+/// What a browser answers DevTools with, and what is in it.
+const CDP_PATH: &str = "/json/version";
+const CDP_TEXT: &str = "\"webSocketDebuggerUrl\"";
 const DEFAULT_MEMORY: u64 = 256 << 20;
 const DEFAULT_TIMEOUT_MS: u32 = 60_000;
 const DEFAULT_EVENT_TIMEOUT_MS: u32 = 5_000;
@@ -106,6 +111,8 @@ pub struct Recipe {
     pub expected: Option<proto::Expected>,
     /// Variables that a fork's caller may set though they decide which code programs run.
     pub allow_env: BTreeSet<EnvName>,
+    /// The port at which its browser answers DevTools, if it says one.
+    pub devtools_port: Option<NonZeroU16>,
     /// Questions to the runtime whose answers must differ in every fork: name → code. `verify` asks them.
     pub probes: BTreeMap<String, String>,
 }
@@ -268,6 +275,7 @@ impl Recipe {
             services: Vec::new(),
             expected: None,
             allow_env: BTreeSet::new(),
+            devtools_port: None,
             probes: BTreeMap::new(),
         })
     }
@@ -365,7 +373,7 @@ impl Folder<'_> {
 fn parse(text: &str, name: &str, folder: &Folder<'_>) -> Result<Recipe, RecipeError> {
     let toml: RecipeToml =
         toml::from_str(text).map_err(|error| RecipeError::Syntax { name: name.to_owned(), error: Box::new(error) })?;
-    let invalid = |span: std::ops::Range<usize>, why: String| RecipeError::Invalid {
+    let invalid = |span: Range<usize>, why: String| RecipeError::Invalid {
         name: name.to_owned(),
         line: file::line(text, &span),
         why,
@@ -375,6 +383,7 @@ fn parse(text: &str, name: &str, folder: &Folder<'_>) -> Result<Recipe, RecipeEr
     let rootfs = root_source(toml.rootfs.into_inner(), folder).map_err(|why| invalid(span, why))?;
     let files =
         check_all(toml.files, MAX_FILES, "files", |file| recipe_file(file, folder)).map_err(|(s, w)| invalid(s, w))?;
+    let devtools_port = devtools_port(&toml.services).map_err(|(span, why)| invalid(span, why))?;
     let services = check_all(toml.services, MAX_SERVICES, "services", service).map_err(|(s, w)| invalid(s, w))?;
     let mut names = BTreeSet::new();
     if let Some(twice) = services.iter().find(|service| !names.insert(&service.name)) {
@@ -429,6 +438,7 @@ fn parse(text: &str, name: &str, folder: &Folder<'_>) -> Result<Recipe, RecipeEr
         services,
         expected,
         allow_env,
+        devtools_port,
     })
 }
 
@@ -437,7 +447,7 @@ fn check_all<T, U>(
     most: usize,
     what: &str,
     check: impl Fn(T) -> Result<U, String>,
-) -> Result<Vec<U>, (std::ops::Range<usize>, String)> {
+) -> Result<Vec<U>, (Range<usize>, String)> {
     if let Some(extra) = all.get(most) {
         return Err((extra.span(), format!("at most {most} {what} are allowed")));
     }
@@ -501,6 +511,16 @@ fn recipe_file(file: FileToml, folder: &Folder<'_>) -> Result<RecipeFile, String
     Ok(RecipeFile { path, content, mode: file.mode.map_or(0o644, |mode| mode.0) })
 }
 
+/// The port of the service that answers DevTools.
+fn devtools_port(services: &[Spanned<ServiceToml>]) -> Result<Option<NonZeroU16>, (Range<usize>, String)> {
+    let mut all = services.iter().filter_map(|service| Some((service.span(), service.get_ref().ready_cdp?)));
+    let first = all.next().map(|(_, port)| port);
+    match all.next() {
+        Some((span, _)) => Err((span, "one service may have a ready_cdp: which one would `inspect` show?".to_owned())),
+        None => Ok(first),
+    }
+}
+
 fn service(service: ServiceToml) -> Result<proto::Service, String> {
     let name = service.name.0;
     if name == RUNTIME {
@@ -525,15 +545,22 @@ fn service(service: ServiceToml) -> Result<proto::Service, String> {
     if ready_line.contains('\n') {
         return Err(format!("ready_line of the service {name} must be one line"));
     }
-    let ready_http = service.ready_http.map(|path| path.0).unwrap_or_default();
-    let ready_text = service.ready_text.map(|text| text.0).unwrap_or_default();
-    let ready_port = service.ready_port.unwrap_or_default();
+    if service.ready_cdp.is_some() && service.ready_port.is_some() {
+        return Err(format!("ready_cdp of the service {name} is a ready_port by itself; leave out the other"));
+    }
+    let mut ready_http = service.ready_http.map(|path| path.0).unwrap_or_default();
+    let mut ready_text = service.ready_text.map(|text| text.0).unwrap_or_default();
+    let ready_port = service.ready_cdp.map(NonZeroU16::get).or(service.ready_port).unwrap_or_default();
+    if service.ready_cdp.is_some() && ready_http.is_empty() && ready_text.is_empty() {
+        CDP_PATH.clone_into(&mut ready_http);
+        CDP_TEXT.clone_into(&mut ready_text);
+    }
     if service.ready_port == Some(0)
         || ready_port == 0 && !ready_http.is_empty()
         || ready_http.is_empty() && !ready_text.is_empty()
     {
         return Err(format!(
-            "the service {name}: ready_http needs a ready_port (1 to 65535), and ready_text a ready_http"
+            "the service {name}: ready_http needs a ready_port (1 to 65535) or ready_cdp, and ready_text a ready_http"
         ));
     }
     if !ready_http.is_empty()

@@ -14,6 +14,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, File, OpenOptions},
     io::{self, Write},
+    num::NonZeroU16,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink},
     path::{Path, PathBuf},
 };
@@ -117,6 +118,9 @@ pub struct ForkRecord {
     /// What asked for it, where that must be found out again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<String>,
+    /// The port of its browser's DevTools, if its recipe names one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub devtools_port: Option<NonZeroU16>,
     /// Limits that hold, as they were asked for.
     pub limits: BTreeMap<String, u64>,
     /// Control groups of the host made for it.

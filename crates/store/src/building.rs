@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File, OpenOptions, Permissions},
     io::{self, Write},
+    num::NonZeroU16,
     os::unix::fs::{OpenOptionsExt, PermissionsExt, chown},
     path::{Path, PathBuf},
     time::SystemTime,
@@ -48,6 +49,8 @@ pub struct Contents {
     pub probes: BTreeMap<String, String>,
     /// Variables that a fork's caller may set though they decide which code programs run.
     pub allow_env: BTreeSet<EnvName>,
+    /// The port at which its browser answers DevTools.
+    pub devtools_port: Option<NonZeroU16>,
     /// What the template itself showed.
     pub facts: BTreeMap<String, String>,
     /// What was noticed, as text.
@@ -148,6 +151,7 @@ impl Building {
             ambiguous: contents.ambiguous,
             probes: contents.probes,
             allow_env: contents.allow_env,
+            devtools_port: contents.devtools_port,
             facts: contents.facts,
             warnings: contents.warnings,
             findings: contents.findings,

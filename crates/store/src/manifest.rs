@@ -5,6 +5,7 @@ use std::{
     fs::File,
     io,
     io::Read,
+    num::NonZeroU16,
     path::Path,
 };
 
@@ -51,6 +52,9 @@ pub struct Manifest {
     /// Variables that a fork's caller may set though they decide which code programs run.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub allow_env: BTreeSet<EnvName>,
+    /// The port at which its browser answers DevTools, if its recipe names one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub devtools_port: Option<NonZeroU16>,
     /// What the template itself showed: host name, machine-id… and its answers to the probes.
     pub facts: BTreeMap<String, String>,
     /// What was noticed at the capture, a line of text each, the findings of the audit among it.

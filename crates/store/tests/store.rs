@@ -27,6 +27,7 @@ fn contents() -> Contents {
         ambiguous: Vec::new(),
         probes: BTreeMap::new(),
         allow_env: std::collections::BTreeSet::new(),
+        devtools_port: None,
         facts: BTreeMap::new(),
         warnings: Vec::new(),
         findings: Vec::new(),

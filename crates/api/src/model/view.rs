@@ -1,6 +1,6 @@
 //! What is told of templates and forks.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{collections::BTreeMap, num::NonZeroU16, path::Path};
 
 use engine::EngineInfo;
 use host::{ForkRecord, branch, forks, network, record::StepTime};
@@ -363,6 +363,8 @@ pub(crate) struct Fork {
     mailboxes: Vec<MailboxReport>,
     /// Its network; none without.
     network: Option<Network>,
+    /// The port at which its browser answers DevTools, if its recipe names one: reached by the route of its ports.
+    devtools_port: Option<u16>,
     /// Limits that hold.
     limits: BTreeMap<String, u64>,
     /// From the request to the acknowledged identity, in microseconds.
@@ -415,6 +417,7 @@ impl Fork {
                 .map(|mailbox| MailboxReport { name: mailbox.name.clone(), acknowledged: mailbox.acknowledged })
                 .collect(),
             network,
+            devtools_port: record.devtools_port.map(NonZeroU16::get),
             limits: record.limits.clone(),
             acked_micros: record.acked_micros,
             host_steps: record.host_steps.iter().map(Step::from).collect(),

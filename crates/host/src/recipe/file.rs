@@ -1,6 +1,6 @@
 //! `recipe.toml` as it is written.
 
-use std::{collections::BTreeMap, ops::Range};
+use std::{collections::BTreeMap, num::NonZeroU16, ops::Range};
 
 use serde::Deserialize;
 use toml::Spanned;
@@ -123,6 +123,7 @@ pub(super) struct ServiceToml {
     pub(super) awaited: Option<bool>,
     pub(super) ready_line: Option<Text>,
     pub(super) ready_port: Option<u16>,
+    pub(super) ready_cdp: Option<NonZeroU16>,
     pub(super) ready_http: Option<Text>,
     pub(super) ready_text: Option<Text>,
     #[serde(default)]

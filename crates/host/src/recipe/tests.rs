@@ -108,6 +108,26 @@ hook = ["/bin/hook"]
 }
 
 #[test]
+fn f5_a_service_that_answers_devtools_is_asked_as_devtools_clients_ask() {
+    let with = |more: &str| {
+        load(&format!("{GOOD}[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nready_cdp = 9222\n{more}")).unwrap()
+    };
+    let plain = with("");
+    assert_eq!(plain.devtools_port.map(NonZeroU16::get), Some(9222));
+    let asked = |recipe: &Recipe| {
+        let service = recipe.services.last().unwrap();
+        (service.ready_port, service.ready_http.clone(), service.ready_text.clone())
+    };
+    assert_eq!(asked(&plain), (9222, "/json/version".into(), "\"webSocketDebuggerUrl\"".into()));
+    // Another question of the recipe's is the one that counts.
+    let other = with("ready_http = \"/json\"\nready_text = \"warm\"");
+    assert_eq!(asked(&other), (9222, "/json".into(), "warm".into()));
+    assert_eq!(asked(&with("ready_http = \"/\"")), (9222, "/".into(), String::new()));
+    assert_eq!(load(GOOD).unwrap().devtools_port, None);
+    assert_eq!(Recipe::load("browser").unwrap().devtools_port.map(NonZeroU16::get), Some(9222));
+}
+
+#[test]
 fn mistakes_in_a_recipe_are_refused_with_their_line() {
     let long = "x".repeat(5000);
     let many_services: String =
@@ -149,6 +169,13 @@ fn mistakes_in_a_recipe_are_refused_with_their_line() {
         ("[identity]\nallow = [\"A B\"]", "a variable's name"),
         ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nuser = \"a b\"", "a user is"),
         ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nuser = \"1:2:3\"", "a user is"),
+        ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nready_cdp = 0", "nonzero"),
+        ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nready_cdp = 1\nready_port = 1", "by itself"),
+        ("[[services]]\nname = \"web\"\ncommand = [\"/x\"]\nready_cdp = 1\nready_text = \"x\"", "a ready_http"),
+        (
+            "[[services]]\nname = \"a\"\ncommand = [\"/x\"]\nready_cdp = 1\n[[services]]\nname = \"b\"\ncommand = [\"/x\"]\nready_cdp = 2",
+            "which one",
+        ),
         (
             "[[services]]\nname = \"a\"\ncommand = [\"/x\"]\n[[services]]\nname = \"a\"\ncommand = [\"/x\"]",
             "two services",

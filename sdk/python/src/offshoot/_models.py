@@ -152,6 +152,7 @@ class ForkInfo(Summary):
     files: list[str]
     mailboxes: list[MailboxReport]
     network: ForkNetwork | None
+    devtools_port: int | None
     limits: dict[str, int]
     acked_micros: int
     host_steps: list[Step]
