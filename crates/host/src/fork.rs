@@ -207,7 +207,7 @@ pub(crate) fn check_early(
     check_engine(engine, template)?;
     request.check_early(manifest)?;
     let connection = Connection::of(home, manifest, &request.network, request.count)?;
-    let identity = IdentityHandoff::new(request, own_mailbox(manifest)?, &manifest.tag);
+    let identity = IdentityHandoff::new(request, own_mailbox(manifest)?, manifest);
     identity.check_size(connection.largest_section()?)
 }
 
@@ -668,6 +668,8 @@ mod tests {
             frozen_wall_ns: 0,
             rehearses: false,
             build_millis: 0,
+            ack_limit_ms: 60_000,
+            devtools_port: None,
             group: None,
             memory_writable: false,
         };
