@@ -77,11 +77,10 @@ pub(crate) struct Place {
 }
 
 impl Backends {
-    /// For a router with so many connections: a fork that answers none of its requests leaves half of them to the others. Its channel has room for those,
-    /// and for connections that are kept.
-    pub(crate) fn new(home: &Home, max_connections: usize) -> Self {
+    /// A fork has at most so many requests at once, and no more than its channel has room for beside connections that are kept.
+    pub(crate) fn new(home: &Home, most: usize) -> Self {
         let room = usize::try_from(MAX_STREAMS).unwrap_or(usize::MAX).saturating_sub(MOST_KEPT);
-        let places = max_connections.div_ceil(2).min(room);
+        let places = most.min(room);
         Self { home: Arc::new(home.clone()), channels: Channels::default(), clients: Mutex::default(), places }
     }
 

@@ -1,10 +1,11 @@
 //! Waiting until a fork runs as itself: what changes on disk wakes all who wait, and each looks for itself.
 
 use std::{
+    collections::HashMap,
     io,
     os::fd::{AsFd, OwnedFd},
     path::Path,
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
     time::Duration,
 };
@@ -38,11 +39,34 @@ pub(crate) struct Hold {
     standings: Arc<Standings>,
     changes: Arc<OwnedFd>,
     changed: watch::Receiver<()>,
+    /// Requests that wait, by the name that was asked for.
+    held: Mutex<HashMap<ForkName, usize>>,
+    /// Most of one name.
+    most: usize,
+}
+
+/// One request that waits.
+#[derive(Debug)]
+struct Held<'a> {
+    hold: &'a Hold,
+    fork: &'a ForkName,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        let mut held = self.hold.held();
+        if let Some(count) = held.get_mut(self.fork) {
+            *count -= 1;
+            if *count == 0 {
+                held.remove(self.fork);
+            }
+        }
+    }
 }
 
 impl Hold {
-    /// Begins to watch, in a thread that ends with what is returned, or a while later.
-    pub(crate) fn begin(home: &Home) -> io::Result<Self> {
+    /// Begins to watch, in a thread that ends with what is returned, or a while later. At most `most` requests wait for one name at once.
+    pub(crate) fn begin(home: &Home, most: usize) -> io::Result<Self> {
         let changes = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
         watch_for_changes(&changes, &home.forks())?;
         watch_for_changes(&changes, &home.names())?;
@@ -69,7 +93,21 @@ impl Hold {
             }
         };
         thread::Builder::new().name("watch".into()).spawn(watch)?;
-        Ok(Self { home: home.clone(), standings, changes, changed })
+        Ok(Self { home: home.clone(), standings, changes, changed, held: Mutex::default(), most })
+    }
+
+    fn held(&self) -> MutexGuard<'_, HashMap<ForkName, usize>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One more that waits for `fork`, unless there are too many.
+    fn enter<'a>(&'a self, fork: &'a ForkName) -> Option<Held<'a>> {
+        let mut held = self.held();
+        let count = held.entry(fork.clone()).or_default();
+        (*count < self.most).then(|| {
+            *count += 1;
+            Held { hold: self, fork }
+        })
     }
 
     /// Where a name leads now.
@@ -77,15 +115,19 @@ impl Hold {
         self.standings.look(fork)
     }
 
-    /// Where it leads once it does not have to be waited for any more, or at `until`.
+    /// Where it leads once it does not have to be waited for any more, or at `until`; at once, if too many wait for it already.
     pub(crate) async fn wait(&self, fork: &ForkName, until: Instant) -> io::Result<Standing> {
         let mut changed = self.changed.clone();
-        let mut watched = None;
+        let (mut watched, mut held) = (None, None);
         loop {
             changed.mark_unchanged();
             let standing = self.look(fork)?;
             let Standing::NotYet(what) = &standing else { return Ok(standing) };
             if Instant::now() >= until {
+                return Ok(standing);
+            }
+            held = held.or_else(|| self.enter(fork));
+            if held.is_none() {
                 return Ok(standing);
             }
             if let Some(record) = what.record()

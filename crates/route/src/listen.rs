@@ -229,10 +229,10 @@ impl Router {
         if !config.allow_remote && !address.ip().is_loopback() {
             return Err(RouteError::NotLoopback(address));
         }
-        let hold = Hold::begin(&config.home).map_err(RouteError::Watch)?;
+        let hold = Hold::begin(&config.home, share_of(config.max_connections)).map_err(RouteError::Watch)?;
         let listener = TcpListener::bind(address).await.map_err(|source| RouteError::Listen { address, source })?;
         let (end, ending) = watch::channel(false);
-        let backends = Backends::new(&config.home, config.max_connections);
+        let backends = Backends::new(&config.home, share_of(config.max_connections));
         let shared = Arc::new(Shared { hold, backends, config, log, ending });
         Ok(Self { shared, listener, end })
     }
@@ -288,6 +288,11 @@ impl Router {
         // What is not done by then is broken off.
         let _ = timeout(shared.config.grace, seats.acquire_many(all)).await;
     }
+}
+
+/// What one fork may have of the router's connections: the others have the rest.
+fn share_of(connections: usize) -> usize {
+    connections.div_ceil(2)
 }
 
 /// One connection of a client.

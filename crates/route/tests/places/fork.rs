@@ -15,7 +15,7 @@ use guest_api::{
     session::{Acceptor, BUFFER, Event, Kind, encode},
 };
 use host::{ForkRecord, Home};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream, WriteHalf, duplex, split},
     net::{UnixListener, UnixStream},
@@ -48,15 +48,7 @@ pub fn start(home: &Home, name: &str, digit: char) -> watch::Receiver<usize> {
     let dir = home.forks().join(&id);
     fs::create_dir_all(&dir).unwrap();
     let listener = UnixListener::bind(dir.join("ctl.0.sock")).unwrap();
-    let process = ProcessRef::of(std::process::id()).unwrap();
-    let record = json!({
-        "format": ForkRecord::FORMAT, "id": id, "name": name, "hostname": name, "template": "t", "template_id": "0",
-        "engine": {"name": "qemu", "version": "7.2", "accel": "tcg"}, "process": process, "created_ms": 0, "machine_id": "", "boot_id": "",
-        "labels": {}, "env": [], "secrets": [], "files": [], "mailboxes": [], "limits": {}, "cgroups": [], "acked_micros": 0,
-        "host_steps": [], "guest_steps": [],
-    });
-    fs::write(dir.join("fork.json"), record.to_string()).unwrap();
-    symlink(&id, home.names().join(name)).unwrap();
+    publish(home, name, &id, None);
 
     let (asked, count) = watch::channel(0);
     let (sessions, incoming) = mpsc::channel(1);
@@ -68,6 +60,26 @@ pub fn start(home: &Home, name: &str, digit: char) -> watch::Receiver<usize> {
     let incoming = ReceiverStream::new(incoming).map(Ok::<_, io::Error>);
     tokio::spawn(Server::builder().add_service(AgentServer::new(Ports { asked })).serve_with_incoming(incoming));
     count
+}
+
+/// Makes a fork that is in standby, and stays there.
+pub fn put_to_standby(home: &Home, name: &str, digit: char) {
+    let id = digit.to_string().repeat(20);
+    fs::create_dir_all(home.forks().join(&id)).unwrap();
+    publish(home, name, &id, Some(json!({"since_ms": 0, "dirty_bytes": 0, "disk_bytes": 0, "captured_micros": 0})));
+}
+
+/// Writes the record of a fork, and gives it its name.
+fn publish(home: &Home, name: &str, id: &str, standby: Option<Value>) {
+    let process = ProcessRef::of(std::process::id()).unwrap();
+    let record = json!({
+        "format": ForkRecord::FORMAT, "id": id, "name": name, "hostname": name, "standby": standby, "template": "t", "template_id": "0",
+        "engine": {"name": "qemu", "version": "7.2", "accel": "tcg"}, "process": process, "created_ms": 0, "machine_id": "", "boot_id": "",
+        "labels": {}, "env": [], "secrets": [], "files": [], "mailboxes": [], "limits": {}, "cgroups": [], "acked_micros": 0,
+        "host_steps": [], "guest_steps": [],
+    });
+    fs::write(home.forks().join(id).join("fork.json"), record.to_string()).unwrap();
+    symlink(id, home.names().join(name)).unwrap();
 }
 
 /// The guest's end of a channel: its bytes become sessions.

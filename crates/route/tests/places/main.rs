@@ -3,7 +3,7 @@
 
 mod fork;
 
-use std::{future::pending, net::SocketAddr, time::Duration};
+use std::{future::pending, net::SocketAddr, sync::Arc, time::Duration};
 
 use fork::{CALM, HALF, MUTE, SOCKET};
 use host::Home;
@@ -13,13 +13,14 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     sync::watch,
+    task::JoinSet,
     time::{sleep, timeout},
 };
 
 /// Generous: the machine may be busy.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A router before two forks.
+/// A router before two forks that run, and one in standby.
 struct Rig {
     _place: TempDir,
     address: SocketAddr,
@@ -28,10 +29,11 @@ struct Rig {
 }
 
 impl Rig {
-    async fn start(max_connections: usize, answer_timeout: Option<Duration>) -> Self {
+    async fn start(max_connections: usize, hold: Duration, answer_timeout: Option<Duration>) -> Self {
         let place = tempfile::tempdir().unwrap();
         let home = Home::below(place.path()).make().unwrap();
         let asked = fork::start(&home, "one", 'a');
+        fork::put_to_standby(&home, "asleep", 'c');
         let _ = fork::start(&home, "other", 'b');
         let config = Config {
             home,
@@ -39,7 +41,7 @@ impl Rig {
             allow_remote: false,
             suffix: "localhost".parse().unwrap(),
             port: 80,
-            hold: Duration::ZERO,
+            hold,
             answer_timeout,
             max_connections,
             grace: Duration::ZERO,
@@ -79,7 +81,7 @@ impl Rig {
 
 #[tokio::test]
 async fn n4_a_fork_that_answers_nothing_leaves_the_others_half_of_the_router() {
-    let rig = Rig::start(8, None).await;
+    let rig = Rig::start(8, Duration::ZERO, None).await;
     let mut asked = rig.asked.clone();
     let mut held = Vec::new();
     let upgrade = "Connection: upgrade\r\nUpgrade: websocket\r\n";
@@ -110,7 +112,7 @@ async fn n4_a_fork_that_answers_nothing_leaves_the_others_half_of_the_router() {
 #[tokio::test]
 async fn n4_an_answer_that_does_not_begin_is_given_up_also_if_nobody_waits_for_it() {
     // Its one place is taken each time.
-    let rig = Rig::start(2, Some(Duration::from_secs(2))).await;
+    let rig = Rig::start(2, Duration::ZERO, Some(Duration::from_secs(2))).await;
     let late = rig.get(MUTE, "one").await;
     assert!(late.starts_with("http/1.1 504") && late.contains("answer_timeout"), "{late}");
     rig.is_free("one").await;
@@ -120,4 +122,20 @@ async fn n4_an_answer_that_does_not_begin_is_given_up_also_if_nobody_waits_for_i
     timeout(PATIENCE, asked.wait_for(|count| *count > before)).await.expect("it reaches the fork").unwrap();
     drop(gone);
     rig.is_free("one").await;
+}
+
+#[tokio::test]
+async fn n4_a_fork_that_is_waited_for_leaves_the_others_half_of_the_router() {
+    let rig = Arc::new(Rig::start(8, PATIENCE * 10, None).await);
+    let mut all = JoinSet::new();
+    for _ in 0..5 {
+        let rig = Arc::clone(&rig);
+        all.spawn(async move { rig.get(CALM, "asleep").await });
+    }
+    // Four are held. Which one is too many is chance.
+    let told = timeout(PATIENCE, all.join_next()).await.expect("one is told").unwrap().unwrap();
+    assert!(told.starts_with("http/1.1 503") && told.contains("fork_in_standby"), "{told}");
+    assert!(rig.get(CALM, "other").await.starts_with("http/1.1 200"));
+    assert_eq!(all.len(), 4);
+    assert!(all.try_join_next().is_none());
 }
