@@ -208,7 +208,12 @@ fn write_manifest(path: &Path, manifest: &Manifest) -> io::Result<()> {
 
 /// Whether the process that works on this directory still lives.
 pub(crate) fn is_alive(dir: &Path) -> bool {
-    let maker = fs::read(dir.join(MAKER)).ok().and_then(|text| serde_json::from_slice::<ProcessRef>(&text).ok());
+    let maker = match fs::read(dir.join(MAKER)) {
+        Ok(text) => serde_json::from_slice::<ProcessRef>(&text).ok(),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        // Who it is can not be found out, for want of descriptors: he is not to be taken for dead.
+        Err(_) => return true,
+    };
     match maker {
         Some(maker) => maker.is_alive(),
         // A builder writes its name right after it made the directory: a moment without is no sign of death. A remover
