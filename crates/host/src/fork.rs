@@ -582,7 +582,83 @@ pub(crate) fn micros(duration: Duration) -> u64 {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use engine::{Accel, BootSpec, BootedVm, Capabilities, EngineInfo, EngineName, HeldVm, HoldSpec, Machine, SpareVm};
+    use store::{Contents, Store};
+
     use super::*;
+
+    /// One that loads a template and can not write into its memory. Nothing else of it may be asked for.
+    #[derive(Debug)]
+    struct WithoutMailboxes(EngineInfo);
+
+    impl Engine for WithoutMailboxes {
+        fn info(&self) -> &EngineInfo {
+            &self.0
+        }
+
+        fn capabilities(&self) -> Capabilities {
+            Capabilities { patch_memory: false, copy_on_write: true, read_only_template: true, rehearse: false }
+        }
+
+        fn boot(&self, _: &BootSpec<'_>) -> Result<Box<dyn BootedVm>, EngineError> {
+            panic!("work was begun")
+        }
+
+        fn restore(&self, _: &RestoreSpec<'_>) -> Result<PausedVm, EngineError> {
+            panic!("work was begun")
+        }
+
+        fn prepare(&self, _: &RestoreSpec<'_>) -> Result<SpareVm, EngineError> {
+            panic!("work was begun")
+        }
+
+        fn adopt(&self, _: &RestoreSpec<'_>, _: &ProcessRef) -> Result<PausedVm, EngineError> {
+            panic!("work was begun")
+        }
+
+        fn hold(&self, _: &HoldSpec<'_>, _: &ProcessRef) -> Result<HeldVm, EngineError> {
+            panic!("work was begun")
+        }
+    }
+
+    #[test]
+    fn i6_an_engine_that_can_not_write_mailboxes_is_refused_before_any_work() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = Home::below(dir.path()).make().unwrap();
+        let store = Store::open(&home.data).unwrap();
+        let tag = identity::Tag::parse("t").unwrap();
+        let building = store.begin(&tag).unwrap();
+        for path in [building.memory_file(), building.state_file(), building.root_image()] {
+            std::fs::write(path, [0; 4096]).unwrap();
+        }
+        let info = EngineInfo { name: EngineName::Qemu, version: "1".into(), accel: Accel::Tcg };
+        let contents = Contents {
+            engine: info.clone(),
+            machine: Machine { memory_bytes: 4096, vcpus: 1, network: false },
+            kernel: String::new(),
+            recipe: String::new(),
+            mailboxes: Vec::new(),
+            ambiguous: Vec::new(),
+            probes: BTreeMap::new(),
+            allow_env: std::collections::BTreeSet::new(),
+            facts: BTreeMap::new(),
+            warnings: Vec::new(),
+            findings: Vec::new(),
+            findings_left_out: 0,
+            frozen_monotonic_ns: 0,
+            frozen_wall_ns: 0,
+            rehearses: false,
+            build_millis: 0,
+            group: None,
+            memory_writable: false,
+        };
+        building.commit(contents).unwrap();
+        let template = store.get(&tag).unwrap();
+        let request = ForkRequest { count: 2, ..ForkRequest::default() };
+        let error = fork(&home, &WithoutMailboxes(info), &template, &request).unwrap_err();
+        assert!(matches!(error, ForkError::NotSupported { engine: EngineName::Qemu }), "{error}");
+        assert_eq!(std::fs::read_dir(home.forks()).unwrap().count(), 0);
+    }
 
     #[test]
     fn made_up_names_are_valid_for_every_tag() {
