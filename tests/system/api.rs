@@ -95,7 +95,11 @@ fn o5_a_wrong_request_is_refused_before_any_work_and_names_its_field() {
             "mailboxes",
         ),
         (json!({"template": tag, "children": [{}, {"labels": {"": "x"}}]}), 400, "invalid_field", "children[1].labels"),
-        (json!({"template": tag, "limits": {"pids": 0}}), 400, "out_of_range", "limits"),
+        (json!({"template": tag, "children": [{"env": {"A": "\0"}}]}), 400, "invalid_field", "children[0].env"),
+        (json!({"template": tag, "env": {"LD_PRELOAD": "/x"}}), 422, "variable_not_allowed", "env"),
+        (json!({"template": tag, "limits": {"pids": 0}}), 400, "out_of_range", "limits.pids"),
+        (json!({"template": tag, "limits": {"pids": 0}, "children": [{}]}), 400, "out_of_range", "limits.pids"),
+        (json!({"template": tag, "network": {"timeout_ms": 30001}}), 400, "out_of_range", "network.timeout_ms"),
     ] {
         let problem = daemon.post("/v1/forks", &body).refused(status, code);
         if !at.is_empty() {
@@ -134,6 +138,56 @@ fn o1_a_batch_has_one_result_for_each_and_all_or_nothing_leaves_nothing() {
         problem["results"].as_array().unwrap().iter().map(|result| result["error"]["code"].clone()).collect();
     assert_eq!(codes, ["undone", "name_conflict", "undone"]);
     assert_eq!(daemon.get("/v1/forks").json()["total"], 1);
+    drop(daemon);
+    bench.end();
+}
+
+#[test]
+fn i7_mailboxes_over_the_api_are_listed_checked_before_any_work_and_awaited() {
+    let bench = Bench::new();
+    let template = bench.template(Kind::Mailboxes);
+    let daemon = Daemon::start(&bench, &[]);
+    let listed = daemon.get(&format!("/v1/templates/{}/mailboxes", template.tag)).expect(200).json();
+    for (name, planted_by, needs_token) in
+        [("app:c", "self", false), ("honest", "socket", false), ("tokened", "socket", true), ("self", "self", true)]
+    {
+        let mut all = listed["mailboxes"].as_array().unwrap().iter();
+        let mailbox = all.find(|mailbox| mailbox["name"] == name).unwrap_or_else(|| panic!("no {name} in {listed}"));
+        assert_eq!((&mailbox["planted_by"], &mailbox["needs_token"]), (&planted_by.into(), &needs_token.into()));
+    }
+    assert_eq!(listed["ambiguous"][0]["name"], "double", "{listed}");
+
+    let body = |mailboxes: Value| json!({"template": template.tag, "mailboxes": mailboxes});
+    let honest = json!({"name": "honest", "payload": {}});
+    let many: Vec<Value> = (0..17).map(|number| json!({"name": format!("m{number}"), "payload": {}})).collect();
+    let long = json!({"x": "y".repeat(3776)});
+    for (mailboxes, status, code) in [
+        (json!(many), 400, "too_many_mailboxes"),
+        (json!([honest, honest]), 400, "mailbox_twice"),
+        (json!([honest, {"name": "app:c", "payload": long}]), 422, "payload_too_long"),
+        (json!([{"name": "honest", "payload": {}, "ack_timeout_ms": 30001}]), 400, "out_of_range"),
+        (json!([{"name": "honest", "payload": [1]}]), 400, "payload_not_an_object"),
+        (json!([{"name": "double", "payload": {}}]), 422, "mailbox_ambiguous"),
+        (json!([{"name": "tokened", "payload": {}}]), 422, "mailbox_token_mismatch"),
+        (json!([{"name": "tokened", "token": "hunter2", "payload": {}}]), 422, "mailbox_token_mismatch"),
+    ] {
+        let problem = daemon.post("/v1/forks", &body(mailboxes)).refused(status, code);
+        assert_eq!(problem["field"], "mailboxes", "{problem}");
+        assert!(!problem.to_string().contains("hunter2"), "{problem}");
+        assert_eq!(bench.entries("forks"), Vec::<String>::new(), "{code}: nothing is begun");
+    }
+
+    // `foo` never acknowledges; that `foobar` does is no help.
+    let waiting = |name: &str| json!({"name": name, "payload": {}, "wait_for_ack": true, "ack_timeout_ms": 2000});
+    let problem = daemon.post("/v1/forks", &body(json!([waiting("foo"), waiting("foobar")])));
+    let problem = problem.refused(504, "ack_timeout");
+    assert!(problem["detail"].as_str().unwrap().contains("ack of foo came"), "{problem}");
+    assert_eq!(["forks", "names"].map(|folder| bench.entries(folder)), [Vec::<String>::new(), Vec::new()]);
+    let figures = daemon.get("/metrics").expect(200).text();
+    assert!(figures.contains("offshoot_ack_failures_total{code=\"ack_timeout\"} 1\n"), "{figures}");
+    let made = daemon.fork(&body(json!([{"name": "foo", "payload": {}}, waiting("foobar")])));
+    let acknowledged = json!([{"name": "foo", "acknowledged": null}, {"name": "foobar", "acknowledged": true}]);
+    assert_eq!(made[0]["mailboxes"], acknowledged);
     drop(daemon);
     bench.end();
 }
@@ -396,7 +450,22 @@ fn f7_standby_and_resume_over_the_api_and_forks_of_a_fork() {
 #[test]
 fn o1_templates_are_built_as_jobs_with_progress() {
     let bench = Bench::with_own_data();
-    let daemon = Daemon::start(&bench, &[]);
+    // As a unit of systemd's with UMask=0077 begins, and a shell's usual limit of open files.
+    let offshoot = bench.plain(&["serve"]);
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", "umask 077; ulimit -Sn 256; exec \"$0\" \"$@\""]);
+    command.arg(offshoot.get_program()).args(offshoot.get_args());
+    for (name, value) in offshoot.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    let daemon = Daemon::run(command, &bench.state().join("api/offshoot.sock"));
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", daemon.pid())).unwrap();
+    let files = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap();
+    let [soft, most] = [0, 1].map(|at| files.split_whitespace().nth(at).unwrap());
+    assert!(soft == most || soft == "65536", "{files}");
     for (body, status, code) in [
         (json!({"recipe": "/etc", "tag": "a"}), 400, "invalid_request"),
         (json!({"recipe": "../x", "tag": "a"}), 400, "invalid_request"),

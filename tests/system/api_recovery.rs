@@ -86,6 +86,26 @@ fn o2_an_orderly_end_lets_requests_end_and_undoes_what_takes_too_long() {
         assert_eq!(answer.join().unwrap().expect(200).json()["stdout"], "done\n");
     });
     assert!(daemon.wait().success());
+
+    // A fork that waits longer than that for an ack is undone, and the others live on.
+    let template = bench.template(Kind::Mailboxes);
+    let mut daemon = Daemon::start(&bench, &["--grace", "1"]);
+    let mailboxes = json!([{"name": "foo", "payload": {}, "wait_for_ack": true, "ack_timeout_ms": 30000}]);
+    let body = json!({"template": template.tag, "mailboxes": mailboxes}).to_string();
+    let begun = Instant::now();
+    thread::scope(|scope| {
+        let head = ["Content-Type: application/json"];
+        let connection = daemon.connect();
+        let asking = scope.spawn(move || ask(connection, "POST", "/v1/forks", &head, body.as_bytes()));
+        wait_until("the fork is begun", Duration::from_secs(30), || {
+            bench.entries("forks").iter().any(|name| name.starts_with(".new-"))
+        });
+        daemon.signal(rustix::process::Signal::TERM);
+        let _ = asking.join().unwrap();
+    });
+    assert!(daemon.wait().success());
+    assert!(begun.elapsed() < Duration::from_secs(25), "its ack was not awaited to the end");
+    assert_eq!((bench.entries("forks").len(), bench.entries("names")), (2, vec!["f-1".to_owned(), "f-2".to_owned()]));
     bench.end();
 }
 

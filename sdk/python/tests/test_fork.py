@@ -126,10 +126,13 @@ def test_a_payload_reaches_the_program_of_each_child_and_nobody_else(
                 assert (report.name, report.acknowledged) == ("sdk:config", True)
         assert source.eval("heard") == [], "the source was sent nothing"
         before = len(running(client, label))
-        for wrong, code in [(letter({}, "let-me-out"), "mailbox_token_mismatch"), (letter({"fail": True}), None)]:
+        for wrong, code in [
+            (letter({}, "let-me-out"), "mailbox_token_mismatch"),
+            (letter({"fail": True}), "identity_refused"),
+        ]:
             with pytest.raises(OffshootError) as refused:
                 source.fork(mailboxes=wrong, labels=label)
-            assert code is None or refused.value.code == code
+            assert refused.value.code == code
             assert "let-me" not in repr(refused.value) + str(refused.value)
         assert len(running(client, label)) == before, "a fork that does not acknowledge is destroyed"
 
