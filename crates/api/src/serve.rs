@@ -86,7 +86,7 @@ pub struct Config {
     pub socket_scope: Scope,
     /// TCP besides.
     pub listen: Option<Listen>,
-    /// Requests per second of one token; twice as many may come at once.
+    /// Requests per second of one token, or of one local user other than its own and root; twice as many may come at once.
     pub rate: u32,
     /// A folder of recipes, each in a folder of its own name.
     pub recipes: Option<PathBuf>,
