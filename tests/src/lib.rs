@@ -9,6 +9,7 @@
 pub mod bench;
 pub mod capture;
 pub mod daemon;
+pub mod playwright;
 pub mod processes;
 pub mod programs;
 pub mod recipes;

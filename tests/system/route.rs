@@ -120,16 +120,16 @@ for port in (8000, 8001):
 "#;
 
 /// `offshoot route` that runs; it is ended with this value.
-struct Routing {
+pub(crate) struct Routing {
     child: Child,
-    address: SocketAddr,
+    pub(crate) address: SocketAddr,
     /// Its other lines.
     lines: Option<std::io::Lines<BufReader<std::process::ChildStdout>>>,
 }
 
 impl Routing {
     #[track_caller]
-    fn start(bench: &Bench, args: &[&str]) -> Self {
+    pub(crate) fn start(bench: &Bench, args: &[&str]) -> Self {
         let all = [&["route", "--listen", "127.0.0.1:0", "--port", "8000"], args].concat();
         let mut child = bench.command(&all).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
