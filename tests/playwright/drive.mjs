@@ -6,7 +6,7 @@
 
 import { chromium } from 'playwright-core';
 
-const PATIENCE = 180_000; // ms; guests may be emulated, on a busy machine
+const PATIENCE = 300_000; // ms; guests may be emulated, on a busy machine
 const WARM = 'file:///usr/share/offshoot/page.html';
 
 const [port, ...addresses] = process.argv.slice(2);
