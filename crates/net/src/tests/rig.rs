@@ -56,8 +56,8 @@ pub(super) const TAP: TapOptions = TapOptions { owner: 0, vnet_header: false };
 
 /// Long enough for an answer on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How long a packet that is dropped is waited for: less than the second after which the kernel sends it again.
-const NEVER: Duration = Duration::from_millis(900);
+/// How long a packet that is dropped is waited for. One that was only lost on a busy machine comes again after a second.
+const NEVER: Duration = Duration::from_millis(1200);
 
 /// A host.
 #[derive(Debug)]

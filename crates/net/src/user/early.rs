@@ -4,8 +4,12 @@
 //! sends it when it runs, and it would be delivered late, as the fork's. Such a packet has the template's MAC address: a fork has its
 //! own before it acknowledges. So everything up to the last frame that is not from the fork's own address is dropped, and
 //! what comes behind it stays: a fork's first connection need not wait for its second attempt.
+//!
+//! If there was a second attempt already, the first one is dropped, with what came before it: Debian 12's passt, which finds both at once, takes
+//! them for two connections with the same addresses and ports, and then looks for one of them without end.
 
 use std::{
+    collections::HashMap,
     io,
     os::fd::BorrowedFd,
     time::{Duration, Instant},
@@ -53,7 +57,7 @@ pub(super) fn drop_others(socket: BorrowedFd<'_>, own: MacAddress) -> io::Result
         let (length, _) = recv(socket, &mut bytes[..], RecvFlags::PEEK | RecvFlags::DONTWAIT)?;
         bytes.truncate(length);
     }
-    let mut rest = last_of_another(&bytes, own)?;
+    let mut rest = end_of_the_unwanted(&bytes, own)?;
     // The end of the last one may not be here yet.
     while rest > 0 {
         rest -= read(socket, &mut vec![0; rest.min(MAX_FRAME)], deadline)?;
@@ -61,19 +65,42 @@ pub(super) fn drop_others(socket: BorrowedFd<'_>, own: MacAddress) -> io::Result
     Ok(())
 }
 
-/// Where the last frame that is not from `own` ends: it may be behind the end of `bytes`.
-fn last_of_another(bytes: &[u8], own: MacAddress) -> io::Result<usize> {
+/// Where the last frame ends that is not from `own`, or that begins a connection which a later one begins again. It may be behind the end of `bytes`.
+fn end_of_the_unwanted(bytes: &[u8], own: MacAddress) -> io::Result<usize> {
     let (mut at, mut end) = (0, 0);
+    let mut begun = HashMap::new();
     while let Some(length) = bytes.get(at..).and_then(|rest| rest.first_chunk::<LENGTH>()) {
         let length = frame_length(*length)?;
         let frame = &bytes[at + LENGTH..];
+        let frame = &frame[..length.min(frame.len())];
         at += LENGTH + length;
         // A frame of which not even the source is here is taken for another's.
         if length < HEADER || frame.get(6..12) != Some(&own.octets()) {
             end = at;
         }
+        if let Some(connection) = begins(frame)
+            && let Some(before) = begun.insert(connection, at)
+        {
+            end = end.max(before);
+        }
     }
     Ok(end)
+}
+
+/// The connection that a frame begins: its addresses and ports, as they stand there. `None` if it is no first packet of TCP, or not all of it is here.
+fn begins(frame: &[u8]) -> Option<(&[u8], &[u8])> {
+    const TCP: u8 = 6;
+    const SYN: u8 = 2;
+    const ACK: u8 = 16;
+    let (kind, packet) = (frame.get(12..HEADER)?, &frame[HEADER..]);
+    let (addresses, segment) = match *kind {
+        [0x08, 0x00] if *packet.get(9)? == TCP => {
+            (packet.get(12..20)?, packet.get(usize::from(packet[0] & 0x0f) * 4..)?)
+        }
+        [0x86, 0xdd] if *packet.get(6)? == TCP => (packet.get(8..40)?, packet.get(40..)?),
+        _ => return None,
+    };
+    (segment.get(13)? & (SYN | ACK) == SYN).then(|| (addresses, &segment[..4]))
 }
 
 fn frame_length(bytes: [u8; LENGTH]) -> io::Result<usize> {
@@ -179,6 +206,43 @@ mod tests {
         assert_eq!(left_of(&[&own[..], &other, &own].concat()), own);
         // Too short for a source.
         assert_eq!(left_of(&[&[0, 0, 0, 2, 7, 7], &own[..]].concat()), own);
+    }
+
+    /// The first packet of a connection, or one with other flags.
+    fn segment(v6: bool, port: u8, flags: u8) -> Vec<u8> {
+        let mut tcp = [0; 20];
+        (tcp[1], tcp[3], tcp[13]) = (port, 80, flags);
+        let payload = if v6 {
+            let mut header = [0x60; 40];
+            header[6] = 6;
+            [&header[..], &tcp].concat()
+        } else {
+            let mut header = [0x45; 20];
+            header[9] = 6;
+            [&header[..], &tcp].concat()
+        };
+        let mut frame = frame(OWN, &payload);
+        if v6 {
+            frame[LENGTH + 12..LENGTH + HEADER].copy_from_slice(&[0x86, 0xdd]);
+        }
+        frame
+    }
+
+    #[test]
+    fn of_connections_that_were_begun_twice_only_the_last_attempt_stays() {
+        for v6 in [false, true] {
+            let [first, other, more] = [segment(v6, 1, 2), segment(v6, 2, 2), segment(v6, 1, 16)];
+            let different = [&first[..], &other, &more].concat();
+            assert_eq!(left_of(&different), different, "these are not the same");
+            assert_eq!(left_of(&[&other[..], &first, &more, &first].concat()), [&more[..], &first].concat());
+            assert_eq!(left_of(&[&first[..], &other, &first, &other].concat()), [&first[..], &other].concat());
+        }
+        // What ends in the middle of a header is not looked at.
+        for length in 0..60 {
+            let mut cut = segment(true, 1, 2)[..LENGTH + HEADER + length].to_vec();
+            cut[..LENGTH].copy_from_slice(&u32::try_from(HEADER + length).unwrap().to_be_bytes());
+            let _ = left_of(&cut.repeat(2));
+        }
     }
 
     #[test]
