@@ -8,6 +8,11 @@ use std::{
 use offshoot_tests::{Bench, Fork, Kind, bench::wait_until};
 use serde_json::{Value, json};
 
+use crate::{
+    pool::{is_from_pool, pool},
+    rehearsal::{rehearsed, rehearses},
+};
+
 #[test]
 fn f4_node_answers_with_values_prints_and_errors() {
     let bench = Bench::new();
@@ -88,7 +93,11 @@ fn alike(drawn: &[BTreeMap<String, String>]) -> BTreeSet<&str> {
 fn i9_node_draws_differ_among_forks_also_those_of_a_timer_right_after_the_thaw() {
     let bench = Bench::new();
     let template = bench.template(Kind::Node);
+    // Two are made of spares that have rehearsed (with the engine `qemu`), one is not.
+    assert_eq!((pool(&bench, &template, 2), rehearsed(&bench)), (2, if rehearses(&template) { 2 } else { 0 }));
     let forks = bench.fork(&template, &["-n", "3", "--env", "REGION=eu"]);
+    assert_eq!(forks.iter().filter(|fork| is_from_pool(fork)).count(), 2);
+    assert_eq!(pool(&bench, &template, 0), 0);
     for fork in &forks {
         let steps = fork.record["guest_steps"].as_array().unwrap();
         let openssl =
