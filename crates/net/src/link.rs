@@ -448,8 +448,9 @@ impl OpenLink {
         let network = &self.parts.network;
         namespace::within(&self.record.namespace(&network.state), || rules::shut().map_err(step("closing the link")))?;
         network.give_up_shared(&self.record)?;
-        self.record.policy = None;
+        let policy = self.record.policy.take();
         self.record.write(&network.state).map_err(file("writing", &record::path(&network.state, &self.record.id)))?;
+        network.leave_again(&self.record.id, policy.as_ref())?;
         Ok(ClosedLink { parts: self.parts, record: self.record })
     }
 }

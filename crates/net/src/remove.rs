@@ -10,7 +10,7 @@ use crate::{
     link::Network,
     named_net, namespace,
     netlink::{Socket, link},
-    policy::NetName,
+    policy::{NetName, Policy},
     ports,
     record::{self, LinkRecord},
     state::{self, Locked},
@@ -45,6 +45,7 @@ impl Network {
         results.into_iter().collect::<Result<(), _>>()?;
         let doing = "removing the record";
         state::remove(&record::path(&self.state, id)).map_err(step(doing))?;
+        self.leave_again(id, policy)?;
         debug_assert!(lock.is_still(&record::lock_path(&self.state, id)).unwrap_or(true), "the lock is held");
         state::remove(&record::lock_path(&self.state, id)).map_err(step(doing))
     }
@@ -65,6 +66,14 @@ impl Network {
         } else {
             Ok(())
         }
+    }
+
+    /// Forgets a net that was still another's when it was [left](Self::leave_shared), who left it in the same moment and found this link's record. Called when
+    /// that says nothing of the net any more: so the last of them forgets it.
+    pub(crate) fn leave_again(&self, id: &ForkId, policy: Option<&Policy>) -> Result<(), LinkError> {
+        let Some(net) = policy.and_then(|policy| policy.net.as_ref()) else { return Ok(()) };
+        let _lock = self.state.lock_shared_parts().map_err(step("leaving the named net"))?;
+        self.leave_net(id, net)
     }
 
     fn give_back_all(&self, id: &ForkId) -> Result<(), crate::lease::LeaseError> {
