@@ -10,10 +10,12 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::{Arc, atomic::AtomicU64},
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use axum::{Extension, Router};
+use engine::ProcessRef;
 use host::{Home, codes::Coded, guest::Channels};
 use hyper::server::conn::http1;
 use hyper_util::{
@@ -311,6 +313,9 @@ pub(crate) fn app(
     })
 }
 
+/// How long the lock of a daemon that is dead is waited for: a process that it had just forked has the file as well, until it executes its program.
+const ORPHAN_LIMIT: Duration = Duration::from_secs(10);
+
 /// Held as long as the daemon lives.
 fn only_one(dir: &Path) -> Result<File, ServeError> {
     let path = dir.join("lock");
@@ -323,11 +328,20 @@ fn only_one(dir: &Path) -> Result<File, ServeError> {
         .mode(0o600)
         .open(&path)
         .map_err(failed)?;
-    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+    let deadline = Instant::now() + ORPHAN_LIMIT;
+    while flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
         let mut holder = String::new();
+        io::Seek::rewind(&mut lock).map_err(failed)?;
         let _ = io::Read::read_to_string(&mut io::Read::take(&mut lock, 32), &mut holder);
-        return Err(ServeError::AlreadyServed(holder.trim().chars().filter(char::is_ascii_digit).collect()));
+        let holder: String = holder.trim().chars().filter(char::is_ascii_digit).collect();
+        let lives = holder.parse().is_ok_and(|pid| ProcessRef::of(pid).is_ok_and(|process| process.is_alive()));
+        if lives || Instant::now() >= deadline {
+            return Err(ServeError::AlreadyServed(holder));
+        }
+        // There is no waiting for it with a deadline.
+        thread::sleep(Duration::from_millis(5));
     }
+    io::Seek::rewind(&mut lock).map_err(failed)?;
     lock.set_len(0).map_err(failed)?;
     io::Write::write_all(&mut lock, std::process::id().to_string().as_bytes()).map_err(failed)?;
     Ok(lock)
@@ -532,6 +546,31 @@ mod tests {
         let mut answer = String::new();
         let _ = stream.read_to_string(&mut answer).await.unwrap();
         answer
+    }
+
+    #[test]
+    fn o2_the_lock_of_a_dead_daemon_is_waited_for_and_that_of_a_living_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let held = only_one(dir.path()).unwrap();
+        let begun = Instant::now();
+        let refused = only_one(dir.path()).unwrap_err();
+        assert!(matches!(refused, ServeError::AlreadyServed(pid) if pid == std::process::id().to_string()));
+        assert!(begun.elapsed() < ORPHAN_LIMIT);
+        // A process of its own has the file for a moment longer.
+        let mut dead = std::process::Command::new("true").spawn().unwrap();
+        let _ = dead.wait().unwrap();
+        fs::write(dir.path().join("lock"), dead.id().to_string()).unwrap();
+        let (tried, waits) = std::sync::mpsc::channel();
+        thread::scope(|scope| {
+            let next = scope.spawn(|| {
+                tried.send(()).unwrap();
+                only_one(dir.path())
+            });
+            waits.recv().unwrap();
+            drop(held);
+            assert!(next.join().unwrap().is_ok());
+        });
+        assert_eq!(fs::read_to_string(dir.path().join("lock")).unwrap(), std::process::id().to_string());
     }
 
     #[tokio::test]
