@@ -1,12 +1,18 @@
 //! `doctor`: what this machine can do, and what to do about what it can not.
 
-use std::{collections::BTreeSet, fs, path::Path};
+use std::{collections::BTreeSet, fs, io, path::Path};
 
 use engine::{Accel, Engine, EngineName, KvmState, kvm, qemu::QemuEngine};
 use net::{Inventory, Leftover, Mode};
 use serde::Serialize;
 
-use crate::{cleanup, engines, home::Home, image::kernel, limits, record};
+use crate::{
+    cleanup, engines,
+    home::Home,
+    image::kernel,
+    limits,
+    record::{self, Entry},
+};
 
 /// How a finding counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -153,9 +159,20 @@ fn network(mode: Mode) -> Finding {
 
 /// The networks that there are.
 fn networks(home: &Home) -> Finding {
-    // The links are listed after the forks: what is newer than the list is looked for once more.
-    let found = record::ids(home).and_then(|known| cleanup::networks(home, &known));
-    match found {
+    let found = || {
+        // The links are listed after the forks: what is newer than the list is looked for once more.
+        let found = cleanup::networks(home, &record::ids(home)?)?;
+        let Some((inventory, mut left)) = found else { return Ok(None) };
+        // A fork that was never finished is none.
+        for entry in record::entries(home)? {
+            match entry {
+                Entry::Leftover { id, .. } if inventory.links.contains(&id) => drop(left.insert(Leftover::Link(id))),
+                _ => {}
+            }
+        }
+        Ok::<_, io::Error>(Some((inventory, left)))
+    };
+    match found() {
         Ok(Some((inventory, left))) => state_of(&inventory, &left),
         Ok(None) => ok(NETWORKS, "no fork is connected by tap".into()),
         Err(error) => warn(NETWORKS, format!("what there is can not be listed: {error}"), "run as root"),
