@@ -279,9 +279,9 @@ fn start_one(home: &Home, engine: &dyn Engine, template: &Template) -> Result<()
         network,
         rehearsed,
     };
-    // Before the spare can be taken: whoever takes it finds its link free.
+    // Before the spare can be taken: whoever takes it finds its link free. (That its machine ends is tried at the point before.)
     let link = link.map(ClosedLink::keep);
-    let noted = fault::point("pool.kept", Some(&record.process)).and_then(|()| new.set_aside(home, &record));
+    let noted = fault::point("pool.kept", None).and_then(|()| new.set_aside(home, &record));
     if let Err(source) = noted {
         drop(spare);
         // What can not be removed stays recorded, and `cleanup` finds it.
