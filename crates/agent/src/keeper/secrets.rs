@@ -60,7 +60,9 @@ pub(super) fn seal(directory: &Directory, written: &[String], key: &SealKey) -> 
         return Err(error);
     }
     drop(plain);
+    drop(texts);
     wipe_stack();
+    wipe_registers();
     Ok(Some(SealedSecrets { paths, sealed }))
 }
 
@@ -78,6 +80,44 @@ fn wipe_stack() {
     let mut space = [0_u8; 32 * 1024];
     space.zeroize();
     std::hint::black_box(&mut space);
+}
+
+/// What copies and ciphers left in the processor's vector registers: a capture holds those of the thread that runs, and the kernel's memory those of the
+/// others. All bits are set instead of cleared, since the kernel need not write registers that are as after a reset, and then the thread leaves the
+/// processor for a moment, so that they are written.
+#[allow(unsafe_code)]
+#[inline(never)]
+fn wipe_registers() {
+    // SAFETY: only registers are written, and all that are written are named.
+    unsafe {
+        std::arch::asm!(
+            "pcmpeqd xmm0, xmm0", "pcmpeqd xmm1, xmm1", "pcmpeqd xmm2, xmm2", "pcmpeqd xmm3, xmm3",
+            "pcmpeqd xmm4, xmm4", "pcmpeqd xmm5, xmm5", "pcmpeqd xmm6, xmm6", "pcmpeqd xmm7, xmm7",
+            "pcmpeqd xmm8, xmm8", "pcmpeqd xmm9, xmm9", "pcmpeqd xmm10, xmm10", "pcmpeqd xmm11, xmm11",
+            "pcmpeqd xmm12, xmm12", "pcmpeqd xmm13, xmm13", "pcmpeqd xmm14, xmm14", "pcmpeqd xmm15, xmm15",
+            out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _, out("xmm4") _, out("xmm5") _, out("xmm6") _,
+            out("xmm7") _, out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _, out("xmm12") _,
+            out("xmm13") _, out("xmm14") _, out("xmm15") _,
+            options(nomem, nostack, preserves_flags),
+        );
+    }
+    if std::arch::is_x86_feature_detected!("avx") {
+        // SAFETY: the processor has these instructions; only registers are written, whose lower halves are named. Nothing that this program was compiled
+        // to uses the upper ones.
+        unsafe {
+            std::arch::asm!(
+                "vcmpps ymm0, ymm0, ymm0, 15", "vmovaps ymm1, ymm0", "vmovaps ymm2, ymm0", "vmovaps ymm3, ymm0",
+                "vmovaps ymm4, ymm0", "vmovaps ymm5, ymm0", "vmovaps ymm6, ymm0", "vmovaps ymm7, ymm0",
+                "vmovaps ymm8, ymm0", "vmovaps ymm9, ymm0", "vmovaps ymm10, ymm0", "vmovaps ymm11, ymm0",
+                "vmovaps ymm12, ymm0", "vmovaps ymm13, ymm0", "vmovaps ymm14, ymm0", "vmovaps ymm15, ymm0",
+                out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _, out("xmm4") _, out("xmm5") _, out("xmm6") _,
+                out("xmm7") _, out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _, out("xmm12") _,
+                out("xmm13") _, out("xmm14") _, out("xmm15") _,
+                options(nomem, nostack),
+            );
+        }
+    }
+    std::thread::sleep(std::time::Duration::from_micros(1));
 }
 
 #[cfg(test)]
