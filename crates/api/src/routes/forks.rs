@@ -45,6 +45,8 @@ const MAX_EVAL: u64 = 24 * 3600 * 1000;
 /// Most bytes of code: the bridge takes lines of 4 MiB, and a byte can take six there.
 const MAX_CODE: usize = 512 << 10;
 
+/// How long after a fork its template's pool is filled up again.
+const REFILL_AFTER: Duration = Duration::from_millis(20);
 /// The code of what was made and undone.
 const UNDONE: &str = "undone";
 
@@ -286,10 +288,14 @@ fn from_template(
     let results = host::fork::fork_each(&app.home, engine.as_ref(), &template, requests).map_err(wrong)?;
     if pool::size(&app.home, tag) > 0 {
         let home = app.home.clone();
-        tokio::task::spawn_blocking(move || {
-            if let Err(error) = pool::fill(&home, engine.as_ref(), &template, false) {
-                tracing::warn!(%error, "a pool could not be filled");
-            }
+        tokio::spawn(async move {
+            // Who asked is answered first: starting a machine takes all that a small host has.
+            tokio::time::sleep(REFILL_AFTER).await;
+            tokio::task::spawn_blocking(move || {
+                if let Err(error) = pool::fill(&home, engine.as_ref(), &template, false) {
+                    tracing::warn!(%error, "a pool could not be filled");
+                }
+            });
         });
     }
     Ok(results)
