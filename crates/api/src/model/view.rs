@@ -373,16 +373,22 @@ pub(crate) struct Fork {
     host_steps: Vec<Step>,
     /// The guest's steps, as it reported them.
     guest_steps: Vec<Step>,
-    /// Bytes of memory that it has for itself.
+    /// Bytes of memory that it has for itself; only where one fork is asked for.
     private_bytes: Option<u64>,
-    /// Bytes of memory that it shares with others.
+    /// Bytes of memory that it shares with others; only where one fork is asked for.
     shared_bytes: Option<u64>,
 }
 
 impl Fork {
+    /// With its memory, if it has any: the kernel takes a millisecond or two to count it.
+    pub(crate) fn with_memory(record: &ForkRecord, state: State, dir: &Path) -> Self {
+        let memory = (state == State::Running).then(|| forks::memory_of(record)).flatten();
+        let (private_bytes, shared_bytes) = memory.unzip();
+        Self { private_bytes, shared_bytes, ..Self::new(record, state, dir) }
+    }
+
     /// `dir` is the fork's.
     pub(crate) fn new(record: &ForkRecord, state: State, dir: &Path) -> Self {
-        let memory = (state == State::Running).then(|| forks::memory_of(record)).flatten();
         let network = network::now(record, dir).map(|now| Network {
             mode: now.mode.to_string(),
             mac: now.mac,
@@ -422,8 +428,8 @@ impl Fork {
             acked_micros: record.acked_micros,
             host_steps: record.host_steps.iter().map(Step::from).collect(),
             guest_steps: record.guest_steps.iter().map(Step::from).collect(),
-            private_bytes: memory.map(|memory| memory.0),
-            shared_bytes: memory.map(|memory| memory.1),
+            private_bytes: None,
+            shared_bytes: None,
         }
     }
 }

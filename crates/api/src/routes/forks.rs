@@ -428,7 +428,7 @@ pub(super) async fn list(
 ))]
 pub(super) async fn get(State(app): State<Arc<App>>, _: Reader, At(fork): At<String>) -> Result<Json<Fork>, Problem> {
     let record = find(&app, fork).await?;
-    block(move || Ok(Json(Fork::new(&record, state_now(&record), &watch::dir(&app.home, &record))))).await
+    block(move || Ok(Json(Fork::with_memory(&record, state_now(&record), &watch::dir(&app.home, &record))))).await
 }
 
 /// End a fork
