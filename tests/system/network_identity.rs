@@ -1,6 +1,6 @@
 //! I11: who a fork is on the wire is its own, and what its template had there is nobody's.
 
-use std::{collections::BTreeSet, net::Ipv4Addr, time::Duration};
+use std::{collections::BTreeSet, fs, net::Ipv4Addr, time::Duration};
 
 use offshoot_tests::{
     Bench, Fork, Kind, Server,
@@ -109,5 +109,35 @@ fn n1_names_are_found_by_the_dns_server_that_a_fork_is_given() {
         let fork = bench.fork_one(&template, &args);
         assert_eq!(bench.sh(&fork, &ask("server.test", 2)), "nobody", "{args:?}");
     }
+    bench.end();
+}
+
+/// A fork with a network writes to other pages than one without, and what the first of each kind has found is for the next of its kind. (The engine
+/// qemu has no such lists.)
+#[test]
+fn forks_with_a_network_have_a_list_of_pages_of_their_own() {
+    let bench = Bench::in_a_world_with_own_data();
+    let template = bench.template(Kind::Busybox);
+    let id = template.manifest["id"].as_str().unwrap();
+    let with_lists = template.manifest["engine"]["name"] == "kvm";
+    let names = |names: &[String]| if with_lists { names.to_vec() } else { Vec::new() };
+    let list = |name: &str| fs::read(bench.state().join("pages").join(name)).unwrap_or_default();
+
+    let connected = format!("{id}.network");
+    let _ = bench.fork(&template, &["-n", "2", "--network", "none"]);
+    assert_eq!(bench.entries("pages"), names(&[id.to_owned()]));
+    let without = list(id);
+    let _ = bench.fork(&template, &["-n", "2"]);
+    assert_eq!(bench.entries("pages"), names(&[id.to_owned(), connected.clone()]));
+    assert_eq!(list(id), without, "it is made once");
+    assert_eq!(list(&connected) != without, with_lists);
+
+    // With the template they go, and nothing else does.
+    let other = bench.state().join("pages").join("0".repeat(20));
+    fs::write(&other, "another template's").unwrap();
+    let _ = bench.offshoot(&["kill", "--all"]).ok();
+    let _ = bench.offshoot(&["rmi", &template.tag]).ok();
+    assert_eq!(bench.entries("pages"), ["0".repeat(20)]);
+    fs::remove_file(&other).unwrap();
     bench.end();
 }

@@ -54,6 +54,8 @@ pub struct BenchRow {
     pub rounds: usize,
     /// From each fork's start to its acknowledged identity.
     pub acked_ms: Figures,
+    /// The same of each fork, in milliseconds, so that several measurements can be counted together.
+    pub acked_each_ms: Vec<f64>,
     /// From the request to the last fork's acknowledged identity.
     pub all_acked_ms: Figures,
     /// Bytes that a fork has for itself, on average, right after its ack.
@@ -122,7 +124,8 @@ fn bench_size(
     Ok(BenchRow {
         at_once: size,
         rounds,
-        acked_ms: figures(acked),
+        acked_ms: figures(acked.clone()),
+        acked_each_ms: acked,
         all_acked_ms: figures(all),
         private_bytes: mean(|memory| memory.0),
         shared_bytes: mean(|memory| memory.1),

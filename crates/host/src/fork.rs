@@ -446,7 +446,7 @@ impl<'a> Plan<'a> {
             guest_steps: Vec::new(),
         };
         if self.origin.snapshot.is_none() {
-            pages::note(self.home, self.engine, self.origin.template, &record.process);
+            pages::note(self.home, self.engine, self.origin.template, self.connection.mode(), &record.process);
         }
         drop(procs);
         // Nothing may fail between keeping the parts and publishing the record that names them.
@@ -496,7 +496,8 @@ impl<'a> Plan<'a> {
         let manifest = self.origin.manifest;
         let Origin { template, snapshot, .. } = self.origin;
         // What a fork of the template needs first is not what a fork of a fork does.
-        let pages = if snapshot.is_none() { pages::file(self.home, template) } else { None };
+        let mode = self.connection.mode();
+        let pages = if snapshot.is_none() { pages::file(self.home, template, mode) } else { None };
         let delta = snapshot.map(Snapshot::delta);
         let spec = RestoreSpec {
             dir: new.dir(),

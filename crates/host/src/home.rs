@@ -136,7 +136,7 @@ impl Home {
         self.state.join("pools")
     }
 
-    /// One file per template that has been forked: the pages that a fork needs first.
+    /// Up to two files per template that has been forked: the pages that a fork needs first, without a network and with one.
     #[must_use]
     pub fn pages(&self) -> PathBuf {
         self.state.join("pages")

@@ -1,7 +1,9 @@
-//! Which pages the first fork of a template copied on its way to its ack, so that later forks have them before they run.
+//! Which pages the first fork of a template copied on its way to its ack, so that later forks have them before they run. A fork with a network
+//! copies others than one without, so each kind has its own list.
 //!
 //! ```text
-//! <state>/pages/<template id>
+//! <state>/pages/<template id>            without a network
+//! <state>/pages/<template id>.network    with one
 //! ```
 //!
 //! Only a help: a fork without the list is slower, and the next one makes it again.
@@ -16,20 +18,33 @@ use engine::{Engine, ProcessRef};
 use identity::ForkId;
 use store::{Store, Template};
 
-use crate::home::Home;
+use crate::{home::Home, network::Mode};
 
 const HALF_WRITTEN: &str = ".new-";
+/// Ends the name of the list for forks with a network.
+const NETWORK: &str = ".network";
 
-/// Where a template's list is, or would be. `None` for an id that no template of ours has.
-pub(crate) fn file(home: &Home, template: &Template) -> Option<PathBuf> {
-    let id = &template.manifest().id;
+/// Where a template's list for forks that are connected so is, or would be. `None` for an id that no template of ours has.
+pub(crate) fn file(home: &Home, template: &Template, network: Mode) -> Option<PathBuf> {
+    file_of(home, &template.manifest().id, network)
+}
+
+fn file_of(home: &Home, id: &str, network: Mode) -> Option<PathBuf> {
+    let kind = if network == Mode::None { "" } else { NETWORK };
     // Both kinds of ids are 20 hexadecimal digits.
-    ForkId::parse(id).is_ok().then(|| home.pages().join(id))
+    ForkId::parse(id).is_ok().then(|| home.pages().join(format!("{id}{kind}")))
+}
+
+/// Removes the lists of a template that is gone. What can not be removed `cleanup` finds.
+pub(crate) fn remove(home: &Home, template_id: &str) {
+    for network in [Mode::None, Mode::Tap] {
+        let _ = file_of(home, template_id, network).map(fs::remove_file);
+    }
 }
 
 /// Makes the list from a fork that has just acknowledged, unless it is there. What goes wrong is of no importance.
-pub(crate) fn note(home: &Home, engine: &dyn Engine, template: &Template, process: &ProcessRef) {
-    let Some(path) = file(home, template).filter(|path| !path.exists()) else { return };
+pub(crate) fn note(home: &Home, engine: &dyn Engine, template: &Template, network: Mode, process: &ProcessRef) {
+    let Some(path) = file(home, template, network).filter(|path| !path.exists()) else { return };
     let pages = engine.pages_to_have_ready(&template.memory_file(), template.manifest().machine, process);
     if let Ok(Some(pages)) = pages {
         let _ = write(&path, &pages);
@@ -47,7 +62,8 @@ pub(crate) fn leftovers(home: &Home, store: &Store) -> io::Result<Vec<PathBuf>> 
         let name = path.file_name().and_then(|name| name.to_str());
         // One that is just being written is lost for its writer, who does not mind.
         name.is_some_and(|name| {
-            name.starts_with(HALF_WRITTEN) || ForkId::parse(name).is_ok() && !known.iter().any(|id| id == name)
+            let of = name.strip_suffix(NETWORK).unwrap_or(name);
+            name.starts_with(HALF_WRITTEN) || ForkId::parse(of).is_ok() && !known.iter().any(|id| id == of)
         })
     };
     Ok(entries(&home.pages())?.into_iter().filter(ours).collect())

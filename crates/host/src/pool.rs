@@ -250,7 +250,7 @@ fn start_one(home: &Home, engine: &dyn Engine, template: &Template) -> Result<()
         memory_file: &template.memory_file(),
         state_file: &template.state_file(),
         delta: None,
-        pages_file: pages::file(home, template).as_deref(),
+        pages_file: pages::file(home, template, network).as_deref(),
         network: tap.as_ref().map(|tap| NetworkEnd::Tap(tap.as_fd())),
         confinement: Confinement { cgroups: &[], ..confine::of_fork(&id, &manifest.id) },
     })?;

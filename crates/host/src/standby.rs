@@ -32,6 +32,7 @@ use crate::{
     limits::{self, ForkCgroups, LimitError},
     network::{self, Mode, NetworkState},
     operation::{self, Journal, Kind, Operation},
+    pages,
     record::{self, ForkRecord, StandbyReport},
     request::LimitRequest,
     snapshot::{self, Draft, Snapshot},
@@ -259,10 +260,16 @@ pub fn settle(home: &Home, store: &Store, fork: &ForkRecord) -> Result<ForkRecor
 /// # Errors
 /// [`StoreError`].
 pub fn remove_template(home: &Home, store: &Store, tag: &Tag) -> Result<(), StoreError> {
+    let mut removed = None;
     store.remove_unless(tag, |id| {
         let forks: Vec<String> = snapshot::above(home, id).ok()?.iter().map(|fork| format!("fork {fork}")).collect();
+        removed = Some(id.to_owned());
         (!forks.is_empty()).then(|| forks.join(", "))
-    })
+    })?;
+    if let Some(id) = removed {
+        pages::remove(home, &id);
+    }
+    Ok(())
 }
 
 /// Whether somebody began something with a fork and died.
