@@ -567,6 +567,8 @@ mod tests {
                 only_one(dir.path())
             });
             waits.recv().unwrap();
+            // Long enough for it to be tried, and refused if it were not waited for.
+            thread::sleep(Duration::from_millis(200));
             drop(held);
             assert!(next.join().unwrap().is_ok());
         });

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::{
+    fs,
     os::fd::{AsFd, OwnedFd},
     path::Path,
     sync::Mutex,
@@ -400,7 +401,7 @@ fn n4_streams_that_nobody_takes_from_keep_no_other_waiting() {
         let (up, down) = (144, 272);
         let mut still = Vec::new();
         for _ in 0..up {
-            let mut inputs = vec![run(&["sleep", "1000"], 0)];
+            let mut inputs = vec![run(&["sleep", "1009"], 0)];
             // A pipe takes 64 KiB of it.
             inputs.extend((0..16).map(|_| Input::Stdin(vec![0; 32 << 10])));
             still.push(guest.exec_open(inputs).await.unwrap());
@@ -433,6 +434,22 @@ fn n4_streams_that_nobody_takes_from_keep_no_other_waiting() {
             }
             assert_eq!(count, 512 << 10);
         }
+        assert_eq!(children(b"sleep\x001009\0"), up);
         drop((still, unread));
+        let start = Instant::now();
+        while children(b"sleep\x001009\0") > 0 {
+            assert!(start.elapsed() < LIMIT, "commands live on whose callers left");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     });
+}
+
+/// How many processes of this test's have this command line.
+fn children(command: &[u8]) -> usize {
+    let ours = format!("PPid:\t{}\n", std::process::id());
+    let is_one = |dir: &Path| {
+        fs::read(dir.join("cmdline")).is_ok_and(|line| line == command)
+            && fs::read_to_string(dir.join("status")).is_ok_and(|status| status.contains(&ours))
+    };
+    fs::read_dir("/proc").unwrap().flatten().filter(|entry| is_one(&entry.path())).count()
 }

@@ -37,7 +37,7 @@ pub struct Serve {
     /// Key of the certificate, PEM
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
-    /// Requests per second that one token may make; twice as many may come at once
+    /// Requests per second that each token, and each local user, may make; twice as many may come at once
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub rate: u32,
     /// Folder of recipes that clients may build, each in a folder of its own name
