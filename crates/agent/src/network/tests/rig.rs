@@ -247,14 +247,13 @@ impl Machine {
 
 /// The cards of this thread's namespace: `/sys` shows those of whoever mounted it.
 fn sysfs() -> std::path::PathBuf {
-    let dir = std::env::temp_dir().join(format!("offshoot-sys-{}", rustix::thread::gettid().as_raw_nonzero()));
-    fs::create_dir_all(&dir).unwrap();
+    let dir = std::path::Path::new("/sys");
     // SAFETY: the table of file descriptors stays shared.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.unwrap();
     let private = rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
     rustix::mount::mount_change("/", private).unwrap();
-    rustix::mount::mount("sysfs", &dir, "sysfs", rustix::mount::MountFlags::empty(), c"").unwrap();
-    // The mount is gone with this thread; the folder stays until then.
+    // Over the one that is there, for this thread only, with which it goes.
+    rustix::mount::mount("sysfs", dir, "sysfs", rustix::mount::MountFlags::empty(), c"").unwrap();
     dir.join("class/net")
 }
 
