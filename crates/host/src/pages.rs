@@ -80,3 +80,34 @@ fn write(path: &Path, pages: &[u8]) -> io::Result<()> {
 fn entries(dir: &Path) -> io::Result<Vec<PathBuf>> {
     fs::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect()
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_both_kinds_go_with_their_template_and_no_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = Home::below(dir.path()).make().unwrap();
+        let store = Store::open(&home.data).unwrap();
+        let (gone, other) = ("a".repeat(20), "b".repeat(20));
+        let of = |id: &str| [id.to_owned(), format!("{id}{NETWORK}")];
+        let foreign = ["readme".to_owned(), format!("{gone}.other"), NETWORK.to_owned()];
+        for name in of(&gone).iter().chain(&of(&other)).chain(&foreign) {
+            fs::write(home.pages().join(name), "").unwrap();
+        }
+        let names = |mut paths: Vec<PathBuf>| {
+            paths.sort();
+            paths.iter().map(|path| path.file_name().unwrap().to_str().unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        // Nobody's templates: all lists are left over, and nothing else is.
+        assert_eq!(names(leftovers(&home, &store).unwrap()), [of(&gone), of(&other)].concat());
+        remove(&home, &gone);
+        assert_eq!(names(leftovers(&home, &store).unwrap()), of(&other));
+        assert!(foreign.iter().all(|name| home.pages().join(name).exists()));
+        // A template's id is no path.
+        remove(&home, "../pages/readme");
+        assert!(home.pages().join("readme").exists());
+    }
+}
